@@ -1,0 +1,35 @@
+# make        lists the targets
+# make test   makes .venv on first use (python3 >= 3.11 and a package index are all it needs)
+
+PYTHON ?= python3
+TIER ?= cpu
+BIN := .venv/bin
+READY := .venv/.ready
+.DEFAULT_GOAL := help
+.PHONY: help demo test book lab clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+$(READY): settings.ini setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "condgen needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## train CAGlow on handwritten digits and measure it (TIER=tiny: a minute; TIER=cpu: a quarter of an hour)
+	$(BIN)/python -m condgen reproduce caglow/digits --tier $(TIER) --runs runs/demo --results runs/demo/metrics.json
+
+test: $(READY)  ## run all tests, every notebook included
+	$(BIN)/python -m pytest $(ARGS)
+
+book: $(READY)  ## build the book into _build/html
+	$(BIN)/python -m book.build
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+clean:  ## remove what the other targets made, except .venv and runs
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

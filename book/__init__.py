@@ -1,0 +1,1 @@
+"""The house of the book: its notebook reader, Sphinx extension, theme and build."""

@@ -1,0 +1,371 @@
+"""Metrics: independent of batches, order and device; equal to outside implementations; refusing what is wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from condgen import metrics as mt
+from condgen.contracts import Classes, Model, Real
+from condgen.data import Dataset, digits
+
+laws = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+def cloud(seed: int, n: int, f: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, f, generator=g).double() @ torch.randn(f, f, generator=g).double() + torch.randn(
+        f, generator=g
+    )
+
+
+# Fréchet distance ----------------------------------------------------------------------------------------------------
+
+
+@laws
+@given(st.integers(0, 999), st.integers(2, 60), st.integers(1, 60))
+def test_frechet_of_a_set_with_itself_is_zero(seed, n, f):
+    x = cloud(seed, n, f)
+    assert mt.frechet_distance(x, x) <= 1e-6
+    assert mt.frechet_distance(x, x[torch.randperm(n)]) <= 1e-6
+
+
+@laws
+@given(st.integers(0, 999), st.integers(2, 30), st.integers(2, 30), st.integers(1, 20))
+def test_frechet_against_a_matrix_root(seed, n, m, f):
+    """Also with fewer images than features. A root of a singular product has half of the digits."""
+    scipy = pytest.importorskip("scipy.linalg")
+    a, b = cloud(seed, n, f), cloud(seed + 1, m, f)
+    sa, sb = (x.T.cov().reshape(f, f).numpy() for x in (a, b))
+    root = scipy.sqrtm(sa).real
+    cross = torch.linalg.eigvalsh(torch.tensor(root @ sb @ root)).clamp(min=0).sqrt().sum().item()
+    want = (a.mean(0) - b.mean(0)).square().sum().item() + sa.trace() + sb.trace() - 2 * cross
+    assert mt.frechet_distance(a, b) == pytest.approx(want, abs=1e-5 * (sa.trace() + sb.trace()))
+
+
+def test_frechet_against_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Same(nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    a, b = cloud(0, 100, 12), cloud(1, 80, 12)
+    fid = FrechetInceptionDistance(Same(), normalize=True, input_img_size=(12, 1, 1)).set_dtype(torch.float64)
+    fid.update(a[:, :, None, None], real=True)
+    fid.update(b[:, :, None, None], real=False)
+    assert mt.frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-8)
+
+
+def test_frechet_by_hand():
+    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [3.0]])
+    assert mt.frechet_distance(a, b) == pytest.approx(4 + 2)  # means 1, 3; variances 2, 0
+    assert mt.frechet_distance(a, a + 5) == pytest.approx(25)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50, 1000])
+def test_frechet_does_not_depend_on_batch_or_order(batch):
+    x, y = digits(8).images_of("test"), digits(8).images_of("val").repeat(2, 1, 1, 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU())
+    want = mt.frechet(x, y, net)
+    assert mt.frechet(x, y, net, batch) == pytest.approx(want, rel=1e-4)
+    assert mt.frechet(x.flip(0), y[torch.randperm(360)], net, batch) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_frechet_does_not_depend_on_device():
+    x, y = digits(8).images_of("test")[:180], digits(8).images_of("val")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU())
+    want = mt.frechet(x, y, net)
+    assert mt.frechet(x, y, net.cuda(), device="cuda") == pytest.approx(want, rel=1e-4)
+
+
+def test_frechet_blocks_and_counts():
+    x, y = digits(8).images_of("test"), digits(8).images_of("val")
+    flat = lambda x: x.flatten(1)
+    assert mt.frechet(x, y, flat) == pytest.approx((mt.frechet(x[:180], y, flat) + mt.frechet(x[180:], y, flat)) / 2)
+    for bad in (x[:100], x[:0], x[:200]):
+        with pytest.raises(ValueError, match="multiple of the 180"):
+            mt.frechet(bad, y, flat)
+    for a, b in (
+        (torch.zeros(1, 3), torch.zeros(4, 3)),
+        (torch.zeros(4, 3), torch.zeros(4, 2)),
+        (torch.zeros(4), torch.zeros(4)),
+    ):
+        with pytest.raises(ValueError, match="accepted"):
+            mt.frechet_distance(a, b)
+
+
+# accuracy, diversity, bits -------------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_hand():
+    assert mt.accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 3])) == 0.75
+
+
+def test_diversity_by_hand():
+    real, labels = torch.tensor([[0.0], [2.0], [0.0], [4.0]]), torch.tensor([0, 0, 1, 1])
+    made = torch.tensor([[0.0], [1.0], [5.0], [9.0], [7.0]])
+    asked, right = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, True, True, False, True])
+    mean, each = mt.diversity(made, asked, right, real, labels)
+    assert each == pytest.approx([0.5, 0.5]) and mean == pytest.approx(0.5)
+    one = mt.diversity(made, asked, torch.tensor([True, True, True, False, False]), real, labels)
+    assert one[1] == pytest.approx([0.5, 0]) and one[0] == pytest.approx(0.25)
+    assert mt.diversity(made[:0], asked[:0], right[:0], real, labels) == (0, [0, 0])
+    with pytest.raises(ValueError, match="class 1 do not vary"):
+        mt.diversity(made, asked, right, real[:3], labels[:3])
+
+
+@laws
+@given(st.integers(0, 99), st.floats(0.1, 3))
+def test_diversity_laws(seed, factor):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(60, 5, generator=g), torch.arange(60) % 3
+    yes, order = torch.ones(60, dtype=torch.bool), torch.randperm(60, generator=g)
+    assert mt.diversity(x, y, yes, x, y)[0] == pytest.approx(1)
+    assert mt.diversity(factor * x, y, yes, x, y)[0] == pytest.approx(factor, rel=1e-4)
+    assert mt.diversity(x[order], y[order], yes, x, y)[0] == pytest.approx(1)
+
+
+class Uniform:
+    """Eight bits for every pixel, plus noise of the generator."""
+
+    def __init__(self, noise: float = 0.0):
+        self.noise = noise
+
+    def log_prob(self, x, generator=None):
+        return torch.full((len(x),), -x[0].numel() * math.log(256)) + self.noise * torch.randn(
+            len(x), generator=generator
+        )
+
+
+def test_bits_per_dimension():
+    x = torch.zeros(450, 3, 4, 4)
+    assert mt.bpd(Uniform(), x) == pytest.approx(8)
+    assert mt.bpd(Uniform(), x, dims=24) == pytest.approx(16)
+    assert mt.bpd(Uniform(10), x) == mt.bpd(Uniform(10), x) != mt.bpd(Uniform(10), x, seed=1)
+    few, many = (abs(mt.bpd(Uniform(10), x, samples=k) - 8) for k in (1, 100))
+    assert many < few
+
+
+# evaluation ----------------------------------------------------------------------------------------------------------
+
+
+class Copies(Model):
+    """Returns training images of the class, with a spread of `temperature`."""
+
+    def __init__(self, data, conditions=None, noise=0.02):
+        super().__init__(data.shape, data.conditions if conditions is None else conditions)
+        self.x, self.y = data.images_of("train"), data.conditions.unpack(data.table("train")["c"])["digit"]
+        self.means = torch.stack([self.x[self.y == k].mean(0) for k in range(10)])
+        self.noise = noise
+
+    def sample(self, n, temperature=1.0, generator=None, **conditions):
+        if self.conditions:
+            want = self.conditions.unpack(self.condition(n, generator, **conditions))["digit"]
+        else:
+            want = torch.randint(10, (n,), generator=generator)
+        pick = (torch.rand(n, len(self.y), generator=generator) * (self.y == want[:, None])).argmax(1)
+        return (self.means[want] + temperature * (self.x[pick] - self.means[want])).clamp(0, 1)
+
+
+class Nearest(nn.Module):
+    def __init__(self, data):
+        super().__init__()
+        x, y = data.images_of("val").flatten(1), data.conditions.unpack(data.table("val")["c"])["digit"]
+        self.register_buffer("means", torch.stack([x[y == k].mean(0) for k in range(10)]))
+
+    def features(self, x):
+        assert not self.training and not torch.is_grad_enabled()
+        return x.flatten(1)
+
+    def logits(self, x):
+        return -torch.cdist(x.flatten(1), self.means)
+
+
+@pytest.fixture(scope="module")
+def toys():
+    data = digits(8)
+    return data, Copies(data), Nearest(data)
+
+
+def test_evaluate(toys):
+    data, model, judge = toys
+    result = mt.evaluate(model, judge, data, n=720, seed=3)
+    assert model.training and judge.training
+    assert result["accuracy"] > 0.8 and 0.8 < result["diversity_pixel"] < 1.1
+    assert result["diversity_pixel"] == pytest.approx(result["diversity_feature"])
+    assert result["diversity_pixel_min"] == min(result["classes"]["diversity_pixel"]) and "bpd" not in result
+    assert result["accuracy"] == pytest.approx(sum(result["classes"]["accuracy"]) / 10)
+    assert result["frechet"] < 3 * result["frechet_floor"]
+    assert result["protocol"] == {"n": 720, "reference": 360, "split": "test", "judge": mt.fingerprint(judge),
+                                  "temperature": 1.0, "seed": 3}  # fmt: skip
+    assert mt.evaluate(model, judge, data)["protocol"]["n"] == 2160
+    assert mt.evaluate(model, judge, data, n=100)["protocol"]["reference"] == 100
+    with pytest.raises(ValueError, match="multiple"):
+        mt.evaluate(model, judge, data, n=500)
+
+
+def test_evaluation_does_not_depend_on_batches(toys, monkeypatch):
+    data, model, judge = toys
+    want = mt.evaluate(model, judge, data, n=360)
+    batched = mt.batched
+    monkeypatch.setattr(mt, "batched", lambda f, x, device="cpu", batch=256: batched(f, x, device, 13))
+    got = mt.evaluate(model, judge, data, n=360)
+    for name, value in want.items():
+        if isinstance(value, float):
+            assert got[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_a_collapsed_model_is_seen(toys):
+    data, model, judge = toys
+    result = mt.evaluate(model, judge, data, n=360, temperature=0.0)
+    assert (
+        result["accuracy"] == 1 and result["diversity_pixel"] < 1e-6 and result["frechet"] > 3 * result["frechet_floor"]
+    )
+
+
+def test_unconditional_and_density(toys):
+    data, _, judge = toys
+
+    class Flow(Copies):
+        def log_prob(self, x, generator=None, **conditions):
+            self.given = set(conditions)
+            return Uniform().log_prob(x, generator)
+
+    model = Flow(data, [])
+    result = mt.evaluate(model, judge, data, n=360)
+    assert set(result) == {"frechet", "frechet_floor", "bpd", "classes", "protocol"}
+    assert result["bpd"] == pytest.approx(8) and model.given == set()
+    flow = Flow(data)
+    assert mt.evaluate(flow, judge, data, n=360)["bpd"] == pytest.approx(8) and flow.given == {"digit"}
+
+
+def test_what_cannot_be_balanced():
+    splits = {"train": torch.tensor([0, 1]), "val": torch.tensor([2]), "test": torch.tensor([3])}
+    data = Dataset("a", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, 1), [Real("age", 0, 1)], splits)
+    with pytest.raises(ValueError, match="cannot be balanced"):
+        mt.n_classes(data, "age")
+    with pytest.raises(ValueError, match="unknown condition"):
+        mt.n_classes(data, "aged")
+    assert mt.n_classes(digits(8), "digit") == Classes("digit", 10).n
+
+
+def test_temperature(toys):
+    data, model, judge = toys
+    best, results = mt.choose_temperature(model, judge, data, (0.3, 0.7, 1.0), n=180)
+    assert best == 1.0 and results[0.3]["protocol"]["split"] == "val"
+    assert mt.choose_temperature(model, judge, data, (0.3, 0.7), n=180)[0] == 0.7  # none is diverse enough
+    free = Copies(data, [])
+    best, results = mt.choose_temperature(free, judge, data, (0.3, 1.0), n=180)
+    assert best == min(results, key=lambda t: results[t]["frechet"])
+
+
+def test_fingerprint(toys):
+    *_, judge = toys
+    assert mt.fingerprint(judge).startswith("Nearest@sha256:")
+    other = Nearest(digits(8))
+    other.means[0, 0] += 1
+    assert mt.fingerprint(other) != mt.fingerprint(judge)
+    assert mt.fingerprint(nn.Linear(2, 2).bfloat16()) and mt.fingerprint(nn.BatchNorm2d(2))
+
+
+# rows, tables, files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (30, 2.045)])
+def test_interval_against_the_printed_table(n, t):
+    values = [float(i) for i in range(n)]
+    low, high = mt.interval(values)
+    s = torch.tensor(values, dtype=torch.float64).std().item()
+    assert (high - low) / 2 / (s / n**0.5) == pytest.approx(t, abs=6e-4)
+    assert (high + low) / 2 == pytest.approx((n - 1) / 2)
+
+
+def test_row():
+    made = mt.row("Glow", "bpd", [3.0, 4.0], "literal", {"K": 16}, 3.35, n=10)
+    assert list(made) == ["model", "variant", "metric", "at", "value", "values", "low", "high", "paper", "protocol"]
+    assert made["value"] == 3.5 and made["protocol"] == {"n": 10} and made["low"] < 3.5 < made["high"]
+    single = mt.row("Glow", "bpd", torch.tensor(2.0).item())
+    assert (single["value"], single["low"], single["high"]) == (2.0, None, None)
+    for bad in (float("nan"), [1, float("inf")], []):
+        with pytest.raises(ValueError, match="bpd of Glow"):
+            mt.row("Glow", "bpd", bad)
+    with pytest.raises(ValueError, match="did you mean 'frechet'"):
+        mt.row("Glow", "frechett", 1.0)
+
+
+def test_names_are_those_of_the_design():
+    names = """bpd accuracy diversity_pixel diversity_feature frechet inception_score reconstruction_l1 dhash phash whash
+    mae mse psnr ssim attribute_accuracy identity_accuracy amp_variance interference code_correlation knn_two_sample
+    silhouette age_error nrds seconds bytes images_per_second peak_memory_mb"""
+    assert set(names.split()) <= set(mt.METRICS)
+    assert {m.better for m in mt.METRICS.values()} == {"higher", "lower"}
+    assert mt.METRICS["psnr"] == mt.MetricInfo("psnr", "dB", "higher")
+
+
+def test_merge_grows_seed_by_seed():
+    one = [mt.row("A", "accuracy", v, n=1) for v in (0.5, 0.7)]
+    other = [
+        mt.row("A", "accuracy", 0.9, n=2),
+        mt.row("A", "accuracy", 0.9, "x", n=1),
+        mt.row("A", "accuracy", 0.9, at={"K": 1}, n=1),
+    ]
+    rows = mt.merge(one[:1], one[1:], other)
+    assert len(rows) == 4 and rows[0] == mt.row("A", "accuracy", [0.5, 0.7], n=1)
+    assert mt.merge(rows) == rows
+    assert mt.merge([mt.row("A", "bpd", 1.0)], [mt.row("A", "bpd", 2.0, paper=3.0)])[0]["paper"] == 3.0
+
+
+def test_protocols_never_share_a_column():
+    rows = [
+        mt.row("A", "accuracy", [0.5, 0.7], n=1, paper=0.99),
+        mt.row("B", "accuracy", 0.8, n=1),
+        mt.row("C", "accuracy", 0.9, n=2),
+    ]
+    (top, *lines), notes = mt.layout(rows)
+    assert top == ["", "accuracy ↑ (1)", "paper", "accuracy ↑ (2)"] and notes == ["(1) n 1", "(2) n 2"]
+    assert lines == [["A", "0.6 ± 1.3", "0.99", ""], ["B", "0.8", "", ""], ["C", "", "", "0.9"]]
+    assert len(mt.table(rows).splitlines()) == 6
+    with pytest.raises(ValueError, match="two rows"):
+        mt.layout([*rows, mt.row("B", "accuracy", 0.1, n=1)])
+    html = mt.table_html([mt.row("<b>", "accuracy", 0.1, n=1)])
+    assert "<th>&lt;b&gt;</th>" in html and "<b>" not in html
+
+
+def test_results_round_trip(tmp_path):
+    path = tmp_path / "caglow" / "table1.cpu.json"
+    with pytest.raises(FileNotFoundError, match="not run yet"):
+        mt.read_results(path)
+    rows = [mt.row("Glow", "bpd", [1.25, 1.5], n=10), mt.row("Glow", "accuracy", 1 / 3, n=10)]
+    about = {"config": {"seeds": (0, 1)}, "data": {"name": "digits", "sha256": "0"}, "source": "abc", "hours": 0.25}
+    made = mt.write_results(path, "caglow/table1", "cpu", "condgen reproduce caglow/table1", rows, **about)
+    assert list(made) == list(mt.FIELDS) and mt.read_results(path) == made and made["rows"] == rows
+    assert {"python", "torch"} <= set(made["versions"]) and "threads" in made["hardware"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert mt.stale(made, about["config"], "abc") == []
+    assert mt.stale(made, {"seeds": [0]}, "abd") == ["config", "source"]
+    before = path.read_text()
+    for bad in ([rows[0] | {"value": float("nan")}], [rows[0] | {"metric": "bdp"}]):
+        with pytest.raises(ValueError):
+            mt.write_results(path, "caglow/table1", "cpu", "", bad, **about)
+    assert path.read_text() == before and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"rows": [1]}'])
+def test_other_files_are_not_results(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="a.json"):
+        mt.read_results(tmp_path / "a.json")
+    good = mt.write_results(tmp_path / "b.json", "a", "cpu", "", [], {}, {}, "", 0)
+    (tmp_path / "b.json").write_text(json.dumps({k: v for k, v in good.items() if k != "source"}))
+    with pytest.raises(ValueError, match="lacks source"):
+        mt.read_results(tmp_path / "b.json")
