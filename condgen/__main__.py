@@ -144,7 +144,7 @@ def evaluate(
     write_json(folder / "metrics.json", {"rows": rows})
     typer.echo(metrics.table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #e939d555
+# %% ../nbs/reproduction/71_command_line.ipynb #6fc98d91
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -157,12 +157,13 @@ def reproduce(
 ) -> None:
     "Run an experiment of the book and store its numbers. The same command goes on where it was interrupted."
     from condgen import metrics
-    from condgen.recipes import reproduce, result_path
+    from condgen.recipes import headline, reproduce, result_path
 
     result = reproduce(name, tier, seeds, seed, seconds(budget), runs, results)
-    kinds = sorted({row["model"] == "judge" for row in result["rows"]}, reverse=True)
-    for judge in kinds:
-        typer.echo(metrics.table([row for row in result["rows"] if (row["model"] == "judge") == judge]) + "\n")
+    for row in result["rows"]:
+        if row["model"] == "judge" and row["metric"] == "accuracy":
+            typer.echo(f"judge: accuracy {metrics.show(row['value'], row['low'], row['high'])} on {row['protocol']['n']} test images")
+    typer.echo(metrics.table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
     report = (runs or Path("runs") / name) / "report.html"
     if report.exists():

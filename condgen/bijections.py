@@ -293,7 +293,7 @@ class Whiten(AdditiveCoupling):
         mean, log_std = self.mean_logstd(a)
         return torch.cat([a, mean + b * log_std.exp()], 1)
 
-# %% ../nbs/foundations/01_change_of_variables.ipynb #fcb40ac5
+# %% ../nbs/foundations/01_change_of_variables.ipynb #d8d95b66
 class MultiScale(Bijection):
     """Levels that each factor half of their channels out; the outputs, coarsest first, form one flat latent.
 
@@ -320,8 +320,9 @@ class MultiScale(Bijection):
         c, h, w = shape
         step = 2 ** len(self.levels)
         if h % step or w % step:
-            raise ValueError(f"{len(self.levels)} levels halve the image as many times, so both sides must be divisible by "
-                             f"{step}; given {h}×{w}, nearest by padding: {-(-h // step) * step}×{-(-w // step) * step}")
+            near = "×".join(str(-(-side // step) * step) for side in (h, w))
+            raise ValueError(f"{len(self.levels)} levels need sides divisible by {step}; given {h}×{w}, "
+                             f"nearest by padding: {near}")
         self.shapes = []
         for _ in self.levels[:-1]:
             c, h, w = 2 * c, h // 2, w // 2

@@ -41,7 +41,7 @@ def as_numbers(value: Any) -> Tensor | None:
         return None
     return None if v.is_complex() else v.double() if v.dtype == torch.bool else v
 
-# %% ../nbs/workshop/10_contracts.ipynb #6d14b2e6
+# %% ../nbs/workshop/10_contracts.ipynb #b30205b7
 RESERVED = ("n", "temperature", "generator", "self", "x", "z")
 
 
@@ -89,7 +89,12 @@ class Condition:
         return v.expand(n)
 
     def draw(self, n: int, rand: Callable[[str, int], Tensor]) -> Tensor:
-        """`(n, width)` uniform over what `pack` can return; `rand(name, k)` gives `(n, k)` uniform numbers in [0, 1)."""
+        """`(n, width)` uniform over what `pack` can return.
+
+        Args:
+            n: how many.
+            rand: `rand(name, k)` gives `(n, k)` uniform numbers in [0, 1).
+        """
         raise TypeError(f"{type(self).__name__} cannot be drawn")
 
     def nll(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -481,7 +486,7 @@ class Player:
             raise ValueError(f"player {self.name!r}: {missing} of its {len(self.params)} parameters are not in its "
                              f"optimizer; accepted: an optimizer that was made with them")
 
-# %% ../nbs/workshop/10_contracts.ipynb #ae1f0dde
+# %% ../nbs/workshop/10_contracts.ipynb #9e4738ac
 @dataclass(eq=False)
 class Stage:
     """A part of training with its own players, data and clock.
@@ -493,10 +498,12 @@ class Stage:
         players: stage → players, in the order of the paper's algorithm. Called after `build` and `on_enter`.
         build: changes the *structure* of the model; repeated on resume and load.
         data: maps a table (dict of tensors), for instance to latents of a frozen flow.
-        on_enter: changes *values* once, at the start; gets a batch of at least 256 items where there are as many.
+        on_enter: changes *values* once, at the start; gets a batch of `start` items, or as many as there are.
+        start: see `on_enter`.
         schedule: progress → factor on every learning rate.
         ema: decay per round of the averaged weights that replace the last ones at the end; 0: none.
-        validate: validation batch → mean over it of a number, the lower the better (averaged weights, if there are any).
+        validate: validation batch → mean over it of a number, the lower the better (averaged weights, if there are
+            any).
         stop: history of validation numbers → whether to end the stage.
         keep: `"last"`, or `"best"` weights by `validate`.
         progress: how much of the stage is over, 0 … 1; kept up to date by `fit`.
@@ -512,6 +519,7 @@ class Stage:
     build: Callable[[], None] | None = None
     data: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     on_enter: Callable[[Batch], None] | None = None
+    start: int = 256
     schedule: Callable[[float], float] | None = None
     ema: float = 0.0
     validate: Callable[[Batch], float] | None = None

@@ -328,7 +328,7 @@ def load_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             warnings.warn(f"{error}; falling back on the state before, if there is one", stacklevel=2)
     return None
 
-# %% ../nbs/workshop/13_runs.ipynb #6e1e311b
+# %% ../nbs/workshop/13_runs.ipynb #2053965b
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a torn last line is left out."""
     rows = []
@@ -367,7 +367,7 @@ class Run:
 
     def __repr__(self) -> str:
         return (f"Run({type(self.model).__name__}, {self.images:,} images in {self.seconds:.0f} s, {self.status}, "
-                f"folder={str(self.folder)!r})")
+                f"folder={str(self.folder) if self.folder else None!r})")
 
     def _repr_html_(self) -> str:
         rows = {"images": f"{self.images:,}", "time": f"{self.seconds:.0f} s", "status": self.status,

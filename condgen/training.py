@@ -186,9 +186,16 @@ def put_optimizer_tensors(optimizers: list[torch.optim.Optimizer], tensors: dict
                     value = value.to(p.device).clone()
                 optimizer.state[p][key] = value
 
-# %% ../nbs/workshop/14_training.ipynb #1a656950
+# %% ../nbs/workshop/14_training.ipynb #e5e6b6d2
 def move_averages(means: dict[str, Tensor], params: dict[str, nn.Parameter], decay: float, rounds: int) -> None:
-    """Move each mean towards its parameter: mean ← d · mean + (1 − d) · p, d = min(decay, (1 + rounds) / (10 + rounds))."""
+    """Move each mean towards its parameter p: mean ← d · mean + (1 − d) · p.
+
+    Args:
+        means: they are changed.
+        params: by the same names.
+        decay: largest d; it is d = min(decay, (1 + rounds) / (10 + rounds)).
+        rounds: played so far.
+    """
     now = [params[name].detach() for name in means]
     torch._foreach_lerp_(list(means.values()), now, 1 - min(decay, (1 + rounds) / (10 + rounds)))
 
@@ -286,7 +293,7 @@ class Rounds:
                 f"steps in a row: {', '.join(odd)}; a lower learning rate may help"
             )
 
-# %% ../nbs/workshop/14_training.ipynb #801e28a4
+# %% ../nbs/workshop/14_training.ipynb #28181f16
 class Trainer(Rounds):
     """The state of one training: enters stages, keeps averages, saves and restores itself. Use `fit`.
 
@@ -331,7 +338,7 @@ class Trainer(Rounds):
         self.model.train()
         torch.manual_seed(seed_of(*key, "enter"))
         if new and stage.on_enter:
-            first = self.order.take(0, min(size, max(256, stage.batch)))
+            first = self.order.take(0, min(size, max(stage.start, stage.batch)))
             noise = Noise((*key, "enter"), slice(None), len(first), self.accelerator.device)
             stage.on_enter(Batch(self.fields(self.train, first), noise))
         self.seat(stage.players(stage))
@@ -612,7 +619,7 @@ def train_stage(trainer: Trainer, diary: Diary, deadline: float, save_every: flo
                 return False
     return True
 
-# %% ../nbs/workshop/14_training.ipynb #5c092e13
+# %% ../nbs/workshop/14_training.ipynb #4a6f32ec
 def fit(model: Model, data: Data, out: str | Path | None = None, *, images: int | Mapping[str, int] | None = None,
         batch: int | None = None, seed: int = 0, precision: str | None = None, budget: float | None = None,
         save_every: float = 60.0, progress: bool = True) -> Run:
@@ -669,12 +676,13 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *, images: int 
         if not finished:
             break
         diary.keep(trainer)
+    seconds = diary.seconds
     if diary.writes:
         more = {k: v for k, v in settings.items() if k not in ("class", "arguments")}
-        save(model, diary.folder, **more, images=trainer.total, seconds=diary.seconds, finished=finished,
+        save(model, diary.folder, **more, images=trainer.total, seconds=seconds, finished=finished,
              threads=torch.get_num_threads())
     accelerator.wait_for_everyone()
-    return Run(model.eval(), diary.folder, diary.log, finished, trainer.total, diary.seconds)
+    return Run(model.eval(), diary.folder, diary.log, finished, trainer.total, seconds)
 
 
 def accelerator_for(precision: str | None) -> Any:

@@ -86,7 +86,7 @@ def kick(module: nn.Module, size: float = 0.2) -> nn.Module:
 
 def autograd_ladj(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """log|det ∂f/∂x| of each item, from the full Jacobian."""
-    jacobians = [torch.autograd.functional.jacobian(lambda v: f(v[None])[0], item, vectorize=True) for item in x]
+    jacobians = [torch.autograd.functional.jacobian(lambda v: f(v[None])[0], item) for item in x]
     return torch.stack([torch.linalg.slogdet(j.reshape(x[0].numel(), -1))[1] for j in jacobians])
 
 

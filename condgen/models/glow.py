@@ -6,7 +6,7 @@
 __all__ = ['NormConv', 'ZeroConv', 'coupling_net', 'glow_step', 'glow_flow', 'NonFiniteWarning', 'finite', 'Glow',
            'warm_up_and_decay']
 
-# %% ../../nbs/flows/20_glow.ipynb #82aaca87
+# %% ../../nbs/flows/20_glow.ipynb #453f35fd
 import math
 import warnings
 from collections.abc import Iterable
@@ -16,17 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bijections import (ActNorm, AdditiveCoupling, AffineCoupling, Chain, InvertibleConv, MultiScale, Squeeze, Whiten,
-                                bits_per_dim, dequantize, quantize, standard_normal_log_prob, start_from_data)
-from ..contracts import Batch, Condition, Model, Player, Stage, Terms
+from ..bijections import (ActNorm, AdditiveCoupling, AffineCoupling, Chain, InvertibleConv, MultiScale, Squeeze,
+                                Whiten, bits_per_dim, dequantize, quantize, standard_normal_log_prob, start_from_data)
+from ..contracts import Batch, Condition, Model, Player, Stage, Terms, accepted
 
-# %% ../../nbs/flows/20_glow.ipynb #d86c5638
+# %% ../../nbs/flows/20_glow.ipynb #2c8985ba
 class NormConv(nn.Module):
     """Convolution whose outputs start with mean 0 and variance 1 on the first batch (weight normalisation by data).
 
     Args:
-        c_in, c_out: channels.
+        c_in: channels of the input `(n, c_in, h, w)`.
+        c_out: channels of the output `(n, c_out, h, w)`.
         size: odd side of the kernel; the image keeps its size.
+
+    References:
+        openai/glow, `tfops.py`: a convolution without bias, followed by an actnorm.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int):
@@ -37,7 +41,7 @@ class NormConv(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        "Set scale and bias from the statistics of the outputs for `x`."
+        """Set scale and bias from the statistics of the outputs for `x (n, c_in, h, w)`."""
         y = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
         std = (y.var((0, 2, 3), unbiased=False) + 1e-6).sqrt()
         self.log_scale.copy_(-std.log())
@@ -47,9 +51,17 @@ class NormConv(nn.Module):
         weight = self.weight * self.log_scale.exp().view(-1, 1, 1, 1)
         return F.conv2d(x, weight, self.bias, padding=self.weight.shape[-1] // 2)
 
-
+# %% ../../nbs/flows/20_glow.ipynb #9d1d8598
 class ZeroConv(nn.Module):
-    "3×3 convolution that starts as zero; its outputs are scaled by exp(3·s) with learned s, as in Glow's code."
+    """3×3 convolution that starts as zero; its outputs are scaled by exp(3·λ) with a learned λ per channel.
+
+    Args:
+        c_in: channels of the input `(n, c_in, h, w)`.
+        c_out: channels of the output `(n, c_out, h, w)`.
+
+    References:
+        openai/glow, `tfops.py`, `conv2d_zeros`.
+    """
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -63,25 +75,64 @@ class ZeroConv(nn.Module):
 
 
 def coupling_net(c_in: int, c_out: int, width: int) -> nn.Sequential:
-    "The network of a coupling: 3×3, 1×1 and 3×3 convolutions (Glow, §5 and appendix B)."
-    return nn.Sequential(NormConv(c_in, width, 3), nn.ReLU(), NormConv(width, width, 1), nn.ReLU(), ZeroConv(width, c_out))
+    """Network of a coupling, `(n, c_in, h, w)` → `(n, c_out, h, w)`: 3×3, 1×1 and 3×3 convolutions with ReLUs.
 
-# %% ../../nbs/flows/20_glow.ipynb #ed15fd7b
+    Args:
+        c_in: channels that condition.
+        c_out: channels of the answer: shifts, and scales where there are any.
+        width: channels between the convolutions.
+
+    References:
+        Kingma & Dhariwal 2018 (Glow), §5.
+    """
+    return nn.Sequential(NormConv(c_in, width, 3), nn.ReLU(), NormConv(width, width, 1), nn.ReLU(),
+                         ZeroConv(width, c_out))
+
+# %% ../../nbs/flows/20_glow.ipynb #8dcd6e28
 def glow_step(channels: int, width: int, coupling: str = "affine") -> Chain:
-    "One step of flow: actnorm, invertible 1×1 convolution, coupling (Glow, figure 2a)."
+    """One step of flow: actnorm, invertible 1×1 convolution, coupling.
+
+    Args:
+        channels: c of the input `(n, c, h, w)`; the first half conditions the second.
+        width: channels inside the coupling's network.
+        coupling: `"affine"` or `"additive"`.
+
+    Raises:
+        ValueError: another coupling.
+
+    References:
+        Kingma & Dhariwal 2018 (Glow), figure 2a and table 1.
+    """
     a, b = channels // 2, channels - channels // 2
     if coupling == "affine":
         layer = AffineCoupling(coupling_net(a, 2 * b, width))
     elif coupling == "additive":
         layer = AdditiveCoupling(coupling_net(a, b, width))
     else:
-        raise ValueError(f"coupling={coupling!r}; accepted: 'affine', 'additive'")
+        raise ValueError(f"coupling={coupling!r}; {accepted(['affine', 'additive'], coupling)}")
     return Chain(ActNorm(channels), InvertibleConv(channels), layer)
 
-
+# %% ../../nbs/flows/20_glow.ipynb #6984bba6
 def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int, coupling: str = "affine") -> MultiScale:
-    "Squeeze, K steps and a split prior at each of N levels; the last level keeps everything (Glow, figure 2b)."
+    """The flow of a Glow N×K: squeeze, K steps and a split prior at each of N levels; the last level keeps everything.
+
+    Args:
+        shape: `(channels, height, width)` of an image.
+        levels: N.
+        depth: K, steps per level.
+        width: channels inside the coupling networks.
+        coupling: `"affine"` or `"additive"`.
+
+    Raises:
+        ValueError: sides that are not divisible by 2**levels, or a size below 1.
+
+    References:
+        Kingma & Dhariwal 2018 (Glow), figure 2b.
+    """
     c, h, w = shape
+    for name, value in (("levels", levels), ("depth", depth), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; accepted: 1 or more")
     if h % 2**levels or w % 2**levels:
         raise ValueError(f"images of {h}×{w} for {levels} levels; accepted: sides divisible by {2**levels} "
                          f"(pad 28×28 digits to 32×32, or use fewer levels)")
@@ -96,20 +147,31 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int, 
             parts.append(Chain(Squeeze(), *steps))
     return MultiScale(parts, shape)
 
-# %% ../../nbs/flows/20_glow.ipynb #7fce1d28
+# %% ../../nbs/flows/20_glow.ipynb #04be6fc7
 class NonFiniteWarning(RuntimeWarning):
-    "Some generated images overflowed."
+    """Some generated images overflowed."""
 
 
 def finite(v: Tensor, what: str) -> Tensor:
-    "`v` with what is not a number set to zero; a warning says how many images were touched, and by what."
+    """Replace what is not a number by 0 and what is infinite by ±½, with a warning.
+
+    Args:
+        v: dequantised images `(n, c, h, w)`.
+        what: named in the warning as the cause.
+
+    Returns:
+        `v`, all finite; unchanged if it was finite.
+
+    Warns:
+        NonFiniteWarning: says how many images were touched, by what, and what helps.
+    """
     bad = ~torch.isfinite(v).flatten(1).all(1)
     if bool(bad.any()):
         warnings.warn(f"{int(bad.sum())} of {len(v)} images are not finite: {what}; an undertrained flow magnifies rare "
                       f"noise, so train longer or lower the temperature", NonFiniteWarning, stacklevel=3)
     return v.nan_to_num(0.0, 0.5, -0.5)
 
-# %% ../../nbs/flows/20_glow.ipynb #42ca96fe
+# %% ../../nbs/flows/20_glow.ipynb #37569a97
 class Glow(Model):
     """Glow (Kingma & Dhariwal, 2018): N levels of K steps, with learned priors.
 
@@ -124,6 +186,17 @@ class Glow(Model):
         coupling: `"affine"` or `"additive"`.
         lr: learning rate of Adam.
 
+    Attributes:
+        flow: the `MultiScale` flow; `flow.shapes` are the shapes of its latents, finest first.
+        dims: D.
+        top: how many columns of the latent belong to the coarsest level.
+
+    Raises:
+        ValueError: a shape that the levels do not divide, a size below 1, or an unknown coupling.
+
+    References:
+        Kingma & Dhariwal 2018 (Glow), §3; openai/glow, `model.py`.
+
     Example:
         >>> Glow((1, 16, 16), levels=2, depth=2, width=8).sample(3).shape
         torch.Size([3, 1, 16, 16])
@@ -135,6 +208,7 @@ class Glow(Model):
 
     def setup(self, shape: tuple[int, int, int], conditions: Iterable[Condition], levels: int, depth: int, width: int,
               coupling: str, lr: float) -> None:
+        """Build flow and top prior; what `__init__` of this class and of its extensions have in common."""
         Model.__init__(self, shape, conditions)
         self.flow = glow_flow(self.shape, levels, depth, width, coupling)
         self.dims, self.top, self.lr = math.prod(self.shape), math.prod(self.flow.shapes[-1]), lr
@@ -142,58 +216,99 @@ class Glow(Model):
         self.prior_bias = nn.Parameter(torch.zeros(2 * self.top))
 
     def prior(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and log standard deviation of the top latent, each `(n, top)`, linear in the conditions `(n, width)`."
+        """Mean and log standard deviation of the top latent, each `(n, top)`, linear in the conditions `(n, width)`.
+
+        |log σ| < 4, by a scaled tanh.
+        """
         mean, raw = (c.to(self.prior_bias.dtype) @ self.prior_weight + self.prior_bias).chunk(2, 1)
         return mean, 4 * torch.tanh(raw / 4)
 
     def whiten(self, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Dequantised images → latent `(n, D)`, ladj `(n,)`, and the top latent before whitening."
+        """Turn dequantised images into white noise.
+
+        Args:
+            v: `(n, c, h, w)` in [−½, ½), of the parameters' type.
+            c: packed conditions `(n, width)`.
+
+        Returns:
+            Latent `(n, D)`, ladj `(n,)`, and the top latent before whitening `(n, top)`.
+        """
         raw, ladj = self.flow(v)
         mean, log_std = self.prior(c)
         top = raw[:, : self.top]
         return torch.cat([(top - mean) * (-log_std).exp(), raw[:, self.top :]], 1), ladj - log_std.sum(1), top
 
     def log_density(self, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        "log p(v | c) in nats of dequantised images, `(n,)`, and the top latent before whitening."
+        """log p(v | c) in nats of dequantised images, `(n,)`, and the top latent before whitening; see `whiten`."""
         z, ladj, top = self.whiten(v, c)
         return standard_normal_log_prob(z) + ladj, top
 
     def encode(self, x: Tensor, **conditions: Any) -> Tensor:
-        "Images `(n, c, h, w)` in [0, 1] → latent `z (n, D)`; exact: `decode(encode(x))` is `x`."
-        x = self.check_images(x)
+        """Latent `z (n, D)` of images; exact: `decode(encode(x))` is `x`.
+
+        Args:
+            x: `(n, c, h, w)` in [0, 1]; each grey level stands for the middle of its bin.
+            **conditions: a value for every condition of the model.
+
+        Raises:
+            ValueError: images of another shape, outside [0, 1] or not finite; unknown or missing conditions.
+        """
+        x = self.check_images(x).to(self.prior_bias.dtype)
         c = self.conditions.pack(len(x), **conditions).to(x)
         return self.whiten(dequantize(x, torch.full_like(x, 0.5)), c)[0]
 
     def decode(self, z: Tensor, **conditions: Any) -> Tensor:
-        "Latent `(n, D)` → images `(n, c, h, w)` in [0, 1]."
+        """Images `(n, c, h, w)` in [0, 1] of latents.
+
+        Args:
+            z: `(n, D)`.
+            **conditions: a value for every condition of the model.
+
+        Raises:
+            ValueError: a latent of another shape or not finite; unknown or missing conditions.
+        """
         if z.dim() != 2 or z.shape[1] != self.dims:
             raise ValueError(f"latent of shape {tuple(z.shape)}; accepted: (n, {self.dims})")
-        return self.decode_packed(z.to(self.device), self.conditions.pack(len(z), **conditions).to(self.device))
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(f"latent with {int((~torch.isfinite(z)).sum())} values that are not finite; accepted: finite")
+        c = self.conditions.pack(len(z), **conditions)
+        return self.decode_packed(z.to(self.device, self.prior_bias.dtype), c.to(self.device))
 
     def decode_packed(self, z: Tensor, c: Tensor) -> Tensor:
+        """As `decode`, unchecked, with conditions packed as `c (n, width)`."""
         mean, log_std = self.prior(c)
         v = self.flow.inverse(torch.cat([mean + z[:, : self.top] * log_std.exp(), z[:, self.top :]], 1))
         return quantize(finite(v, "the inverse flow"))
 
     def log_prob(self, x: Tensor, generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
-        """Lower bound of log p(x | conditions) in nats, `(n,)`, of images with 256 grey levels.
+        """Estimate of a lower bound of log p(x | conditions) in nats, `(n,)`, for images with 256 grey levels.
 
-        Dequantised by one uniform draw per pixel from `generator`.
+        Args:
+            x: `(n, c, h, w)` in [0, 1].
+            generator: of the dequantisation noise, one uniform draw per pixel, on the CPU; None: the global one.
+            **conditions: a value for every condition of the model.
+
+        Raises:
+            ValueError: as `encode`.
         """
-        x = self.check_images(x)
+        x = self.check_images(x).to(self.prior_bias.dtype)
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
         c = self.conditions.pack(len(x), **conditions).to(x)
         return self.log_density(dequantize(x, noise), c)[0] - self.dims * math.log(256)
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 0.7, generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
-        """n images `(n, c, h, w)` in [0, 1].
+    def sample(self, n: int, temperature: float = 0.7, generator: torch.Generator | None = None,
+               **conditions: Any) -> Tensor:
+        """Draw n images `(n, c, h, w)` in [0, 1].
 
         Args:
             n: how many.
             temperature: factor on the noise of all levels; 1 samples the model's distribution.
             generator: of the noise, on the CPU; None: the global one.
             **conditions: values by name; omitted ones are drawn from training rows.
+
+        Raises:
+            ValueError: n below 1, or an unknown condition or value.
         """
         c = self.condition(n, generator, **conditions)
         z = temperature * torch.randn(n, self.dims, generator=generator, dtype=self.prior_bias.dtype)
@@ -201,38 +316,48 @@ class Glow(Model):
 
     @torch.no_grad()
     def interpolate(self, a: Tensor, b: Tensor, n: int, **conditions: Any) -> Tensor:
-        "n images on the straight line between the latents of images `a` and `b`, each `(c, h, w)`."
+        """n images `(n, c, h, w)` on the straight line between the latents of images `a` and `b`, each `(c, h, w)`."""
         z = self.encode(torch.stack([a, b]), **conditions)
         t = torch.linspace(0, 1, n, dtype=z.dtype, device=z.device)[:, None]
         return self.decode((1 - t) * z[0] + t * z[1], **conditions)
 
+    def dequantized(self, batch: Batch) -> Tensor:
+        """The images of a batch with uniform noise, `(n, c, h, w)` in [−½, ½)."""
+        return dequantize(batch.x, batch.rand("dequantize", *self.shape)).to(self.prior_bias.dtype)
+
     def loss(self, batch: Batch) -> Terms:
-        "Negative log-likelihood in bits per dimension (CAGlow, Eq. 9)."
-        v = dequantize(batch.x, batch.rand("dequantize", *self.shape))
-        log_p, _ = self.log_density(v, self.batch_conditions(batch))
+        """Negative log-likelihood in bits per dimension, mean over the batch (CAGlow, Eq. 9)."""
+        log_p, _ = self.log_density(self.dequantized(batch), self.batch_conditions(batch))
         return {"bpd": (1.0, bits_per_dim(log_p - self.dims * math.log(256), self.dims).mean())}
 
     def batch_conditions(self, batch: Batch) -> Tensor:
+        """Packed conditions of a batch, `(n, width)`; no columns for a model without conditions."""
         return batch.c if self.conditions else batch.x.new_zeros(batch.n, 0)
 
     def flow_stage(self) -> Stage:
-        "Maximum likelihood with warm-up, decay and averaged weights; keeps the weights that are best on validation data."
+        """Maximum likelihood with warm-up, decay and averaged weights; keeps the best on validation data."""
         return Stage(
             "flow", images=100_000, batch=64, ema=0.99, keep="best",
-            on_enter=lambda batch: start_from_data(self.flow, dequantize(batch.x, batch.rand("dequantize", *self.shape))),
-            players=lambda stage: [Player("flow", self.flow_parameters(), self.loss,
-                                          torch.optim.Adam(self.flow_parameters(), self.lr, betas=(0.9, 0.99)), clip=10.0)],
+            on_enter=lambda batch: start_from_data(self.flow, self.dequantized(batch)),
+            players=lambda stage: [Player("flow", self.flow_parameters(), self.loss, clip=10.0, optimizer=torch.optim.Adam(
+                self.flow_parameters(), self.lr, betas=(0.9, 0.99)))],
             schedule=warm_up_and_decay,
             validate=lambda batch: self.loss(batch)["bpd"][1].item(),
         )
 
     def flow_parameters(self) -> list[nn.Parameter]:
+        """What maximum likelihood moves: all parameters."""
         return list(self.parameters())
 
     def stages(self) -> list[Stage]:
+        """One stage, `flow`."""
         return [self.flow_stage()]
 
 
 def warm_up_and_decay(progress: float) -> float:
-    "Learning rate factor: linear warm-up over 3 %, constant to 60 %, then linear decay to 2 %."
+    """Learning rate factor: linear warm-up over 3 %, constant to 60 %, then linear decay to 2 %.
+
+    Args:
+        progress: of the stage, 0 … 1.
+    """
     return min(1.0, (progress + 1e-3) / 0.03, max(0.02, (1 - progress) / 0.4))

@@ -1,0 +1,381 @@
+"""A run folder gives back what was put into it, or says that it does not."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from condgen import runs
+from condgen.contracts import Binary, Classes, Code, Model, Stage
+from condgen.runs import (
+    DamagedFile,
+    Run,
+    build,
+    describe,
+    digest,
+    generations,
+    load,
+    load_state,
+    read_json,
+    read_log,
+    read_tensors,
+    rebuild,
+    save,
+    save_state,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+TOY = """
+import torch
+from torch import nn
+from condgen.contracts import Classes, Code, Model
+
+class Toy(Model):
+    def __init__(self, conditions, width=4):
+        super().__init__((1, 2, 2), conditions)
+        self.net = nn.Sequential(nn.Linear(self.conditions.width + 3, width), nn.BatchNorm1d(width), nn.Linear(width, 4))
+
+    @torch.no_grad()
+    def sample(self, n, generator=None, **conditions):
+        c = self.condition(n, generator, **conditions)
+        return self.net(torch.cat([c, torch.randn(n, 3, generator=generator)], 1)).sigmoid().view(n, 1, 2, 2)
+"""
+exec(TOY)
+
+
+class Growing(Model):
+    """Adds a layer in each stage but the first."""
+
+    def __init__(self):
+        super().__init__((1, 1, 1))
+        self.layers = nn.ModuleList([nn.Linear(1, 1)])
+
+    def stages(self):
+        grow = lambda: self.layers.append(nn.Linear(1, 1))
+        return [Stage(str(i), 8, 4, lambda stage: [], build=grow if i else None) for i in range(3)]
+
+
+def toy(width=4):
+    torch.manual_seed(0)
+    model = Toy([Classes("k", 3), Code("u")], width)  # noqa: F821
+    model.remember_rows(model.conditions.supervised.pack(4, k=[0, 1, 1, 2]))
+    model.net(torch.randn(8, 7))  # moves the running statistics
+    return model.eval()
+
+
+def same(a: dict, b: dict) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_a_fresh_process_draws_the_same_samples(tmp_path):
+    """Law 6."""
+    model = toy()
+    save(model, tmp_path / "run")
+    here = model.sample(16, generator=torch.Generator().manual_seed(3), k=[0, 1] * 8)
+    (tmp_path / "toy.py").write_text(TOY)
+    code = """
+        import hashlib, sys, torch
+        sys.path.insert(0, ".")
+        from toy import Toy
+        from condgen.runs import load
+        x = load("run", cls=Toy).sample(16, generator=torch.Generator().manual_seed(3), k=[0, 1] * 8)
+        print(hashlib.sha256(x.numpy().tobytes()).hexdigest())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == hashlib.sha256(here.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_load_is_bit_equal_in_every_precision(tmp_path, dtype):
+    model = toy().to(dtype)
+    save(model, tmp_path, note="kept")
+    again = load(tmp_path, cls=type(model))
+    assert same(model.state_dict(), again.state_dict()) and again.arguments == model.arguments and not again.training
+    assert read_json(tmp_path / "card.json")["note"] == "kept"
+
+
+def test_only_model_classes_of_the_library_are_found_by_name(tmp_path):
+    for name in ("os.system", "condgen.contracts.Model", "condgen.runs.save", "", None, 3):
+        with pytest.raises(ValueError, match=r"accepted: classes of condgen\.models, or pass cls="):
+            rebuild({"class": name})
+    for name in ("condgen.models.nowhere.Glow", "condgen.models.glow.Glown", "condgen.models..x"):
+        with pytest.raises(ValueError, match="which this version of condgen does not have"):
+            rebuild({"class": name})
+    with pytest.raises(ValueError, match="which is not a model"):
+        rebuild({"class": "condgen.models.glow.Tensor"})
+    save(toy(), tmp_path)
+    with pytest.raises(ValueError, match="pass cls="):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="the card describes Toy; cls is Growing"):
+        load(tmp_path, cls=Growing)
+
+
+def test_a_library_class_is_found_by_name(tmp_path):
+    from condgen.models.glow import Glow
+
+    model = Glow((1, 4, 4), levels=1, depth=1, width=4)
+    save(model, tmp_path)
+    assert same(load(tmp_path).state_dict(), model.state_dict())
+
+
+def test_card_that_does_not_fit_is_refused():
+    card = describe(toy())
+    with pytest.raises(ValueError, match="the card's arguments do not fit Toy"):
+        rebuild({**card, "arguments": {**card["arguments"], "depth": 3}}, cls=type(toy()))
+    broken = {**card, "arguments": {"conditions": [{"type": "Binary", "name": "a", "code": "x"}]}}
+    with pytest.raises(ValueError, match="does not fit Binary"):
+        rebuild(broken, cls=type(toy()))
+
+
+def test_argument_that_json_cannot_hold_is_named():
+    model = toy()
+    model.arguments["width"] = torch.float32
+    with pytest.raises(ValueError, match=r"argument width=torch.float32 of Toy cannot be written"):
+        describe(model)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_structure_is_rebuilt_as_far_as_it_had_grown(tmp_path, count):
+    model = Growing()
+    build(model, model.stages(), count)
+    build(model, model.stages(), count)
+    assert len(model.layers) == max(1, count) and model.built == count
+    save(model, tmp_path)
+    again = load(tmp_path, cls=Growing)
+    assert same(model.state_dict(), again.state_dict()) and again.built == count
+
+
+def test_missing_and_foreign_names_are_refused(tmp_path):
+    model = toy()
+    save(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, meta = read_tensors(path)
+    less = {k: v for k, v in tensors.items() if k != "net.0.bias"}
+    cases = [(less, "'net.0.bias' is missing"), (tensors | {"more": torch.ones(1)}, "'more' is not part of it"),
+             (tensors | {"net.0.bias": torch.ones(5)}, r"'net.0.bias' is \(5,\), needed \(4,\)")]  # fmt: skip
+    for wrong, message in cases:
+        write_tensors(path, wrong, **meta)
+        with pytest.raises(DamagedFile, match=message):
+            load(tmp_path, cls=type(model))
+
+
+def test_weights_of_another_class_are_refused(tmp_path):
+    save(toy(), tmp_path / "toy")
+    save(Growing(), tmp_path / "growing")
+    os.replace(tmp_path / "growing/model.safetensors", tmp_path / "toy/model.safetensors")
+    with pytest.raises(DamagedFile, match=r"describes .*Toy, the weights are of .*Growing"):
+        load(tmp_path / "toy", cls=type(toy()))
+
+
+def test_nothing_to_load_says_what_would_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match="accepted: a run folder, with card.json and model.safetensors"):
+        load(tmp_path / "none")
+    write_json(tmp_path / "card.json", describe(toy()))
+    with pytest.raises(FileNotFoundError, match="no weights yet: its training was interrupted"):
+        load(tmp_path)
+    for text in ("[1]", "{", "\x00", '{"a": NaN', "[" * 100_000):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(DamagedFile, match=r"card\.json (is not JSON|holds list)"):
+            load(tmp_path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """Each byte of a state, header included, with a bit turned: refused, or read as it was (spaces that fill up)."""
+    tensors, path = {"w": torch.arange(5.0), "n": torch.tensor(3)}, tmp_path / "t.safetensors"
+    write_tensors(path, tensors, seen=640, draws=20)
+    data = path.read_bytes()
+    silent = 0
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
+        try:
+            found, meta = read_tensors(path)
+        except DamagedFile as error:
+            assert "t.safetensors" in str(error)
+        else:
+            silent += 1
+            assert all(torch.equal(found[k], t) for k, t in tensors.items()) and meta == {"seen": 640, "draws": 20}
+    assert silent <= 8
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"w": torch.arange(5.0)}, seen=640)
+    data = path.read_bytes()
+    for cut in range(len(data)):
+        path.write_bytes(data[:cut])
+        with pytest.raises(DamagedFile):
+            read_tensors(path)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickles_are_refused_unread(tmp_path):
+    save(toy(), tmp_path)
+    save_state(tmp_path, 8, {"w": torch.ones(1)}, {})
+    files = [tmp_path / "model.safetensors", tmp_path / "state/000000000008/tensors.safetensors"]
+    for path in files:
+        for write in (lambda p: torch.save(Bomb(tmp_path / "boom"), p),
+                      lambda p: p.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))):  # fmt: skip
+            write(path)
+            with pytest.raises(DamagedFile, match="not a safetensors file"):
+                read_tensors(path)
+    with pytest.raises(DamagedFile):
+        load(tmp_path, cls=type(toy()))
+    with pytest.warns(UserWarning, match="not a safetensors file"):
+        assert load_state(tmp_path) is None
+    assert not (tmp_path / "boom").exists()
+
+
+def test_foreign_safetensors_without_checksum_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2)}, tmp_path / "t.safetensors")
+    with pytest.raises(DamagedFile, match="checksum"):
+        read_tensors(tmp_path / "t.safetensors")
+
+
+def test_all_kinds_of_tensors_come_back(tmp_path):
+    channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    tied = torch.randn(3)
+    tensors = {"a": channels_last, "b": torch.randn(4, 4).T, "c": tied, "d": tied, "e": torch.zeros(0, 3),
+               "f": torch.tensor(True), "g": torch.randn(3, dtype=torch.float64), "h": torch.randn(2).half(),
+               "i": torch.tensor(2**60), "j": torch.randn(9).bfloat16(), "k": nn.Parameter(torch.ones(1))}  # fmt: skip
+    write_tensors(tmp_path / "t", tensors, text="ü", none=None, list=[1, 0.1])
+    found, meta = read_tensors(tmp_path / "t")
+    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors.items())
+    assert meta == {"text": "ü", "none": None, "list": [1, 0.1]} and set(found) == set(tensors)
+
+
+def test_digest_sees_names_types_shapes_and_text():
+    t = torch.zeros(4)
+    seen = [digest({"a": t}), digest({"b": t}), digest({"a": t.int()}), digest({"a": t.view(2, 2)}),
+            digest({"a": t + 1}), digest({"a": t}, "x"), digest({})]  # fmt: skip
+    assert len(set(seen)) == len(seen) and digest({"a": t, "b": t}) == digest({"b": t, "a": t})
+
+
+def test_unwritable_places_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for call in (lambda: save(toy(), tmp_path / "file"), lambda: save(toy(), tmp_path / "file/run"),
+                 lambda: save_state(tmp_path / "file", 8, {}, {})):  # fmt: skip
+        with pytest.raises(OSError, match=r"cannot make folder .*file.*; choose another one"):
+            call()
+    with pytest.raises(OSError, match=r"cannot write .*none/a: No such file or directory; what was there before is unch"):
+        write_atomically(tmp_path / "none/a", b"")
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.os, name, full)
+            with pytest.raises(OSError, match=r"cannot write .*a\.json: No space left on device"):
+                write_json(path, {"a": 2})
+        assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def state(out):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_state(out)
+
+
+def test_two_generations_are_kept(tmp_path):
+    assert state(tmp_path) is None
+    for images in (8, 16, 16, 24, 1024):
+        save_state(tmp_path, images, {"w": torch.tensor(images)}, {"images": images})
+        assert state(tmp_path) == ({"w": torch.tensor(images)}, {"images": images})
+        assert len(generations(tmp_path / "state")) == min(2, (8, 16, 24, 1024).index(images) + 1)
+    assert (tmp_path / "state/latest").read_text() == "000000001024"
+    assert sorted(os.listdir(tmp_path / "state")) == ["000000000024", "000000001024", "latest"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "gone"])
+def test_damaged_newest_state_is_named_and_the_one_before_used(tmp_path, damage):
+    for images in (8, 16):
+        save_state(tmp_path, images, {"w": torch.arange(float(images))}, {"images": images})
+    path = tmp_path / "state/000000000016/tensors.safetensors"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        flipped = data[:-3] + bytes([data[-3] ^ 16]) + data[-2:]
+        path.write_bytes({"torn": data[: len(data) // 2], "flipped": flipped, "empty": b""}[damage])
+    with pytest.warns(UserWarning, match=r"000000000016.*falling back on the state before"):
+        tensors, info = load_state(tmp_path)
+    assert info == {"images": 8} and torch.equal(tensors["w"], torch.arange(8.0))
+    for images in (12, 14):
+        save_state(tmp_path, images, {"w": torch.ones(1)}, {"images": images})
+    assert [p.name for p in generations(tmp_path / "state")] == ["000000000014", "000000000012"]
+    assert state(tmp_path)[1] == {"images": 14}
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["replace", "rename", "fsync"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_between_the_steps_of_saving_leaves_a_good_state(tmp_path, monkeypatch, kind, name, call):
+    """One state is there; the next one dies at the first or second call of os.replace, os.rename or os.fsync."""
+    save_state(tmp_path, 8, {"w": torch.ones(1)}, {"images": 8})
+    real, calls = getattr(os, name), []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise kind(5, "died")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, name, dying)
+        if name == "rename" and call == 2:  # there is one only
+            save_state(tmp_path, 16, {"w": torch.ones(1)}, {"images": 16})
+        else:
+            with pytest.raises(kind, match="cannot write .*unchanged" if kind is OSError else None):
+                save_state(tmp_path, 16, {"w": torch.ones(1)}, {"images": 16})
+    complete = call == 2  # the new state was renamed; what failed, if anything, was the note of its name
+    assert state(tmp_path)[1] == {"images": 16 if complete else 8}
+    save_state(tmp_path, 24, {"w": torch.ones(1)}, {"images": 24})
+    assert state(tmp_path)[1] == {"images": 24} and not list(tmp_path.rglob("*.part"))
+
+
+def test_torn_log_is_read_to_its_last_whole_row(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2.5}\n{"a": "\xc3')
+    assert read_log(path) == [{"a": 1}, {"a": 2.5}]
+    path.write_text("")
+    assert read_log(path) == []
+
+
+def test_run_says_how_it_stands(tmp_path):
+    log = [{"stage": "s", "images": 8, "seconds": 1.0, "a.loss": 0.5, "a.norm": 2.0}]
+    run = Run(toy(), tmp_path, log, False, 1234, 5.4)
+    assert repr(run).startswith("Run(Toy, 1,234 images in 5 s, stopped, can be resumed, folder=")
+    assert "a.loss" in run._repr_html_() and "a.norm" not in run._repr_html_()
+    assert Run(toy(), None, []).status == "finished" and "folder=None" in repr(Run(toy(), None))
+
+
+def test_conditions_survive(tmp_path):
+    model = Toy([Binary("b"), Code("u", 2, "binary")])  # noqa: F821
+    save(model, tmp_path)
+    assert load(tmp_path, cls=type(model)).conditions == model.conditions
