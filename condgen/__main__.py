@@ -6,21 +6,25 @@
 __all__ = ['app', 'data_app', 'UNITS', 'Tier', 'Budget', 'seconds', 'values', 'list_', 'train', 'find', 'sample', 'evaluate',
            'reproduce', 'data_list', 'data_prepare', 'main']
 
-# %% ../nbs/reproduction/71_command_line.ipynb #a87263ad
+# %% ../nbs/reproduction/71_command_line.ipynb #886d7168
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Conditional image synthesis: train, sample, evaluate, and reproduce the book's results.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Conditional image synthesis: train, sample, evaluate, and reproduce the book's results.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: what is there, and how to prepare a download.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #ff4ec1cd
+# %% ../nbs/reproduction/71_command_line.ipynb #073fb0ab
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -35,7 +39,7 @@ def seconds(text: str | None) -> float | None:
 
 
 def values(arguments: list[str]) -> dict[str, Any]:
-    "`--digit 7 --u 0.5,-1` → `{\"digit\": 7, \"u\": [0.5, -1]}`."
+    '`--digit 7 --u 0.5,-1` → `{"digit": 7, "u": [0.5, -1]}`.'
     found: dict[str, Any] = {}
     queue = list(arguments)
     while queue:
@@ -68,9 +72,11 @@ def list_() -> None:
         stored = ", ".join(t for t in TIERS if result_path(name, t).exists()) or "not run yet"
         typer.echo(f"  {name:24} {experiment.summary} [{stored}]")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #62e1354f
+# %% ../nbs/reproduction/71_command_line.ipynb #6cde8816
 Tier = Annotated[str, typer.Option(help="Size and length: tiny (seconds) or cpu (minutes).")]
-Budget = Annotated[Optional[str], typer.Option(help="Stop after this time (90s, 9m, 1h), in a state that can be resumed.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Stop after this time (90s, 9m, 1h), in a state that can be resumed.")
+]
 
 
 @app.command()
@@ -78,8 +84,8 @@ def train(
     name: Annotated[str, typer.Argument(help="A recipe; see `condgen list`.")],
     tier: Tier = "cpu",
     seed: Annotated[int, typer.Option(help="Of the start, the order of the data and all noise.")] = 0,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; runs/NAME if not given.")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="no or bf16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if not given.")] = None,
+    precision: Annotated[str | None, typer.Option(help="no or bf16.")] = None,
     budget: Budget = None,
 ) -> None:
     "Train a recipe. The same command resumes an interrupted run."
@@ -88,7 +94,7 @@ def train(
     run = train(name, out or Path("runs") / name, tier, seed, precision=precision, budget=seconds(budget))
     typer.echo(run)
 
-# %% ../nbs/reproduction/71_command_line.ipynb #69a02571
+# %% ../nbs/reproduction/71_command_line.ipynb #95bd8372
 def find(source: str) -> Path:
     "The run folder that a name or a path means."
     from condgen.contracts import accepted
@@ -98,7 +104,9 @@ def find(source: str) -> Path:
         if (folder / "card.json").is_file():
             return folder
     names = [str(p.parent.relative_to("runs")) for p in sorted(Path("runs").glob("**/card.json"))]
-    raise ValueError(f"no model {source!r}; accepted: a run folder, or the name of one in runs/ ({accepted(names, source)})")
+    raise ValueError(
+        f"no model {source!r}; accepted: a run folder, or the name of one in runs/ ({accepted(names, source)})"
+    )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -144,7 +152,7 @@ def evaluate(
     write_json(folder / "metrics.json", {"rows": rows})
     typer.echo(metrics.table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #6fc98d91
+# %% ../nbs/reproduction/71_command_line.ipynb #81b2fa89
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -152,8 +160,10 @@ def reproduce(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     budget: Budget = None,
-    runs: Annotated[Optional[Path], typer.Option(help="Folder of the runs; runs/NAME if not given.")] = None,
-    results: Annotated[Optional[Path], typer.Option(help="Result file; data/results/NAME.TIER.json if not given.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/FAMILY if not given.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Result file; data/results/NAME.TIER.json if not given.")
+    ] = None,
 ) -> None:
     "Run an experiment of the book and store its numbers. The same command goes on where it was interrupted."
     from condgen import metrics
@@ -162,27 +172,33 @@ def reproduce(
     result = reproduce(name, tier, seeds, seed, seconds(budget), runs, results)
     for row in result["rows"]:
         if row["model"] == "judge" and row["metric"] == "accuracy":
-            typer.echo(f"judge: accuracy {metrics.show(row['value'], row['low'], row['high'])} on {row['protocol']['n']} test images")
+            typer.echo(
+                f"judge: {metrics.show(row['value'], row['low'], row['high'])} of {row['protocol']['n']} test images right"
+            )
     typer.echo(metrics.table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
-    report = (runs or Path("runs") / name) / "report.html"
+    report = (runs or Path("runs") / name.split("/")[0]) / "report.html"
     if report.exists():
         typer.echo(f"report:  {report}")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #ff01925c
+# %% ../nbs/reproduction/71_command_line.ipynb #d5dcedcf
 @data_app.command("list")
 def data_list() -> None:
     "Data sets that can be loaded now."
     from condgen.data import NAMES, prepared_names, root
 
-    typer.echo(f"built in or downloaded: {', '.join(NAMES)}\nprepared in {root()}: {', '.join(prepared_names()) or 'none'}")
+    typer.echo(
+        f"built in or downloaded: {', '.join(NAMES)}\nprepared in {root()}: {', '.join(prepared_names()) or 'none'}"
+    )
 
 
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="celeba, lfw or utkface.")],
     source: Annotated[Path, typer.Option("--from", help="Folder of the official download.")],
-    out: Annotated[Optional[Path], typer.Option(help="Where the zip and labels.csv go; the data folder if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the zip and labels.csv go; the data folder if not given.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
 ) -> None:
     "Turn an official download into the prepared form: a zip of images and labels.csv."

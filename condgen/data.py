@@ -113,12 +113,12 @@ class Dataset:
         body = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
         return f"<table><caption>{self.name}</caption>{body}</table>"
 
-# %% ../nbs/workshop/12_data.ipynb #f661858a
+# %% ../nbs/workshop/12_data.ipynb #b92137bd
 def ranked(keys: Iterable[object], *seed: object) -> list:
     """The keys in an order that looks random and is the same on every machine, in every version."""
     return sorted(keys, key=lambda key: seed_of(*seed, key))
 
-
+# %% ../nbs/workshop/12_data.ipynb #4f590990
 def jitter(x: Tensor, u: Tensor) -> Tensor:
     """Images, each turned, stretched, slanted and shifted a little.
 
@@ -131,7 +131,7 @@ def jitter(x: Tensor, u: Tensor) -> Tensor:
     places = nn.functional.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
     return nn.functional.grid_sample(x, places, mode="bicubic", align_corners=False).clamp(0, 1)
 
-
+# %% ../nbs/workshop/12_data.ipynb #834e94d6
 def digits(size: int = 16, copies: int = 0) -> Dataset:
     """scikit-learn's 1,797 handwritten digits; 36 test and 18 validation images of each digit.
 
@@ -158,7 +158,8 @@ def digits(size: int = 16, copies: int = 0) -> Dataset:
     if size > 8:  # float64 is exact here, so every machine makes the same bytes
         x = nn.functional.interpolate(x, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     schema = Schema([Classes("digit", 10)])
-    return Dataset("digits" + (f" and {copies} copies" if copies else ""), (x * 255).round().to(torch.uint8), schema.pack(len(y), digit=y), schema, splits)
+    name, images = f"digits and {copies} copies" if copies else "digits", (x * 255).round().to(torch.uint8)
+    return Dataset(name, images, schema.pack(len(y), digit=y), schema, splits)
 
 # %% ../nbs/workshop/12_data.ipynb #c3e547a7
 def cache() -> Path:

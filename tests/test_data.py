@@ -74,6 +74,17 @@ def test_digits_are_the_same_everywhere(size, sha):
     )
 
 
+def test_copies_extend_the_training_part_only():
+    d, more = data.digits(8), data.digits(8, copies=3)
+    assert len(more.splits["train"]) == 4 * 1257 and "3 copies" in more.name
+    for part in ("val", "test"):
+        assert all(a.equal(b) for a, b in zip(d.table(part).values(), more.table(part).values(), strict=True))
+    old, new = d.table("train"), more.table("train")
+    assert new["c"].equal(old["c"].repeat(4, 1)) and new["x"][:1257].equal(old["x"])
+    moved = (new["x"][1257:].view(3, 1257, -1).float() - old["x"].flatten(1).float()).abs().mean((1, 2))
+    assert (moved > 5).all() and len(new["x"].unique(dim=0)) > 4 * 1257 - 5
+
+
 def test_fingerprint_sees_everything():
     d = data.digits(8)
     make = lambda **kw: data.Dataset(

@@ -42,7 +42,8 @@ from condgen.contracts import Classes, Code, Model
 class Toy(Model):
     def __init__(self, conditions, width=4):
         super().__init__((1, 2, 2), conditions)
-        self.net = nn.Sequential(nn.Linear(self.conditions.width + 3, width), nn.BatchNorm1d(width), nn.Linear(width, 4))
+        first = nn.Linear(self.conditions.width + 3, width)
+        self.net = nn.Sequential(first, nn.BatchNorm1d(width), nn.Linear(width, 4))
 
     @torch.no_grad()
     def sample(self, n, generator=None, **conditions):
@@ -277,7 +278,7 @@ def test_unwritable_places_are_named(tmp_path):
                  lambda: save_state(tmp_path / "file", 8, {}, {})):  # fmt: skip
         with pytest.raises(OSError, match=r"cannot make folder .*file.*; choose another one"):
             call()
-    with pytest.raises(OSError, match=r"cannot write .*none/a: No such file or directory; what was there before is unch"):
+    with pytest.raises(OSError, match=r"cannot write .*none/a: No such file or directory; what was there before is"):
         write_atomically(tmp_path / "none/a", b"")
 
 

@@ -5,45 +5,70 @@
 # %% auto #0
 __all__ = ['CGlow']
 
-# %% ../../nbs/flows/22_cglow.ipynb #e113026c
+# %% ../../nbs/flows/22_cglow.ipynb #3a60e2b1
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
-from ..bijections import bits_per_dim, dequantize
+from ..bijections import bits_per_dim
 from ..contracts import Batch, Condition, Terms
 from .glow import Glow
 
-# %% ../../nbs/flows/22_cglow.ipynb #48a75f06
+# %% ../../nbs/flows/22_cglow.ipynb #11c64308
 class CGlow(Glow):
-    """Conditional Glow: class-dependent prior and discriminative term (the baseline of CAGlow, §4; Glow's `ycond`).
+    """Conditional Glow: class-dependent top prior and a discriminative term.
 
     Args:
         shape: `(channels, height, width)`; sides divisible by 2**levels.
         conditions: supervised conditions; mean and log σ of the top prior are linear in them.
-        levels, depth, width, coupling, lr: as for `Glow`.
+        levels: N.
+        depth: K, steps per level.
+        width: channels inside the coupling networks.
+        coupling: `"affine"` or `"additive"`.
+        lr: learning rate of Adam.
         class_weight: weight of −log₂ q(c|z) in bits per image beside bits per dimension.
+
+    Raises:
+        ValueError: no conditions, or unsupervised codes among them; and as `Glow`.
+
+    References:
+        Liu et al. 2019 (CAGlow), §4, "CGlow"; openai/glow, `model.py`, `ycond` and `weight_y`.
+
+    Example:
+        >>> from condgen.contracts import Classes
+        >>> CGlow((1, 16, 16), [Classes("digit", 10)], levels=2, depth=2, width=8).sample(3, digit=7).shape
+        torch.Size([3, 1, 16, 16])
     """
 
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition], levels: int = 3, depth: int = 6,
                  width: int = 64, coupling: str = "affine", lr: float = 2e-3, class_weight: float = 0.01):
         self.setup(shape, conditions, levels, depth, width, coupling, lr)
         if not self.conditions or self.conditions.codes:
-            raise ValueError(f"CGlow with conditions {self.conditions.names}; accepted: one or more supervised conditions, no codes")
+            raise ValueError(f"CGlow with conditions {self.conditions.names}; accepted: one or more supervised "
+                             f"conditions, no codes")
         self.class_weight = class_weight
         self.classifier = nn.Linear(self.flow.shapes[-1][0], self.conditions.width)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
     def classify(self, top: Tensor) -> Tensor:
-        "Predictions `(n, width)` from the top latent `(n, top)`, through its mean over positions."
+        """Predict the conditions from the top latent before whitening, through its mean over positions.
+
+        Args:
+            top: `(n, top)`.
+
+        Returns:
+            `(n, conditions.width)`, in the columns of the conditions: logits for classes and binary properties.
+        """
         return self.classifier(top.view(-1, *self.flow.shapes[-1]).mean((2, 3)))
 
     def loss(self, batch: Batch) -> Terms:
-        v = dequantize(batch.x, batch.rand("dequantize", *self.shape))
-        log_p, top = self.log_density(v, batch.c)
+        """Bits per dimension given the conditions, and −log₂ q(c|z) for each condition, weighted by `class_weight`.
+
+        The terms of the conditions are logged in nats per image; their weight contains the 1/ln 2.
+        """
+        log_p, top = self.log_density(self.dequantized(batch), batch.c)
         terms = {"bpd": (1.0, bits_per_dim(log_p - self.dims * math.log(256), self.dims).mean())}
         for name, nll in self.conditions.nll(self.classify(top), batch.c).items():
             terms[name] = (self.class_weight / math.log(2), nll.mean())

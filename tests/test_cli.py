@@ -1,0 +1,96 @@
+"""The command line as a user meets it: the verbs work, mistakes end with a message and exit code 2, and nothing is written."""
+
+import subprocess
+import sys
+
+import pytest
+
+TINY = ["--tier", "tiny"]
+
+
+def condgen(*arguments, cwd, check=True):
+    done = subprocess.run([sys.executable, "-m", "condgen", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder with a trained judge and a conditional model, made by the command line."
+    where = tmp_path_factory.mktemp("cli")
+    condgen("train", "judge-digits", *TINY, cwd=where)
+    condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=where)
+    return where
+
+
+def test_list_names_recipes_and_experiments(tmp_path):
+    out = condgen("list", cwd=tmp_path).stdout
+    assert "caglow-digits" in out and "caglow/digits" in out and "not run yet" in out
+
+
+def test_a_stopped_run_says_so_and_can_be_sampled_and_evaluated(folder):
+    assert "can be resumed" in condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=folder).stdout
+    condgen("sample", "caglow-digits", "--digit", 7, "-n", 4, "-o", "out/sevens.png", "--temperature", 0.5, cwd=folder)
+    from PIL import Image
+
+    assert min(Image.open(folder / "out" / "sevens.png").size) >= 100
+    condgen("sample", "caglow-digits", "--digit", "1,2", "--u", "0.5,-1", "-n", 2, "-o", "two.png", cwd=folder)
+    out = condgen("evaluate", "caglow-digits", "--judge", "judge-digits", cwd=folder).stdout
+    assert "accuracy" in out and "frechet" in out and (folder / "runs" / "caglow-digits" / "metrics.json").exists()
+
+
+MISTAKES = [
+    (["sample", "caglow-digits", "--digit", "12", "-o", "x.png"], "integers 0 to 9"),
+    (["sample", "caglow-digits", "--colour", "3", "-o", "x.png"], "unknown condition 'colour'"),
+    (["sample", "caglow-digits", "--digi", "3", "-o", "x.png"], "did you mean 'digit'"),
+    (["sample", "caglow-digits", "--digit", "red", "-o", "x.png"], "accepted: a number"),
+    (["sample", "caglow-digits", "--digit", "-o", "x.png"], ""),
+    (["sample", "caglow-digits", "-n", "0", "-o", "x.png"], "1 or more"),
+    (["sample", "caglow-digits", "--temperature", "-1", "-o", "x.png"], "temperature"),
+    (["sample", "caglow-digits", "-o", "x.gif2"], "x.gif2"),
+    (["sample", "caglow-digts", "-o", "x.png"], "did you mean 'caglow-digits'"),
+    (["train", "caglow-digts"], "did you mean 'caglow-digits'"),
+    (["train", "glow-digits", "--tier", "huge"], "accepted: tiny, cpu"),
+    (["train", "glow-digits", "--tier", "tiny", "--budget", "soon"], "90s"),
+    (["train", "glow-digits", "--tier", "tiny", "--precision", "fp7"], "bf16"),
+    (["reproduce", "caglow/digts"], "did you mean 'caglow/digits'"),
+    (["evaluate", "caglow-digits", "--judge", "nobody"], "no model 'nobody'"),
+    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "digitz"], "did you mean 'digits'"),
+    (["data", "prepare", "celebb", "--from", "."], "did you mean 'celeba'"),
+    (["data", "prepare", "celeba", "--from", "nowhere"], "nowhere"),
+    (["tarin"], "tarin"),
+]
+
+
+def called(arguments, monkeypatch, capsys, cwd):
+    "As `condgen` in a process of its own, but faster: exit code and what it said on the error channel."
+    from condgen.__main__ import main
+
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["condgen", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_are_explained_and_write_nothing(folder, arguments, message, monkeypatch, capsys):
+    before = sorted(folder.rglob("*"))
+    code, said = called(arguments, monkeypatch, capsys, folder)
+    assert code == 2 and message in said and "Traceback" not in said
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    run = shutil.copytree(folder / "runs" / "judge-digits", tmp_path / "runs" / "judge")
+    weights = run / "model.safetensors"
+    raw = weights.read_bytes()
+    for bad in (raw[: len(raw) // 2], raw[:-1] + bytes([raw[-1] ^ 1]), b"\x80\x04\x95cos\nsystem\n(S'touch owned'\ntR.", b""):
+        weights.write_bytes(bad)
+        code, said = called(["evaluate", "judge", "--judge", "judge"], monkeypatch, capsys, tmp_path)
+        assert code == 2 and "model.safetensors" in said
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,231 @@
+"""Laws that every recipe inherits, at tier tiny: 4 gradients, 5 resume, 6 reload, 7 conditions act, 10 learning."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from condgen.bijections import dequantize
+from condgen.contracts import Batch, Noise
+from condgen.recipes import EXPERIMENTS, RECIPES, TIERS, Lab, headline, recipe, reproduce, result_path, source, train
+from condgen.runs import load
+from condgen.training import fit
+
+SHORT = 320  # images per stage, where only the mechanics matter
+FAMILIES = [name for name in RECIPES if RECIPES[name].judge]
+
+
+@cache
+def data(name):
+    return RECIPES[name].data()
+
+
+def fresh(name, seed=0):
+    torch.manual_seed(seed)
+    return RECIPES[name].model(data(name), "tiny")
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@cache
+def short_run(name):
+    return fit(fresh(name), data(name), images=SHORT, progress=False)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_law_4_each_player_moves_exactly_its_parameters(name):
+    model = fresh(name)
+    for stage in model.stages():
+        table = data(name).table("train")
+        table = stage.data(table) if stage.data else table
+        first = {k: v[:256] for k, v in table.items()}
+        batch = Batch(first, Noise(("law 4",), slice(None), 256))
+        if stage.on_enter:
+            stage.on_enter(batch)
+        for p in model.parameters():  # away from zero, where whole networks would get no gradient
+            p.data.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        for player in stage.players(stage):
+            own = {id(p) for p in player.params}
+            for p in model.parameters():
+                p.requires_grad_(id(p) in own)
+                p.grad = None
+            sum(weight * value for weight, value in player.loss(batch).values()).backward()
+            for label, p in model.named_parameters():
+                if not p.numel():  # a prior without conditions
+                    continue
+                moved = p.grad is not None and bool((p.grad != 0).any())
+                assert moved == (id(p) in own), f"{stage.name}, {player.name}: {label}"
+        for p in model.parameters():
+            p.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_law_5_interrupted_and_resumed_is_uninterrupted(name, tmp_path):
+    whole, parts, run = short_run(name), 0, None
+    while run is None or not run.finished:
+        run, parts = fit(fresh(name), data(name), tmp_path / "run", images=SHORT, progress=False, budget=0.0), parts + 1
+    assert parts >= SHORT // 80
+    assert equal(whole.model, run.model)
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert drop(whole.log) == drop(run.log)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_law_6_reload_in_a_fresh_process_gives_the_same_samples(name, tmp_path):
+    from condgen.runs import save
+
+    model = short_run(name).model
+    save(model, tmp_path / "run")
+    code = ("import sys, torch; from condgen.runs import load; torch.set_num_threads(int(sys.argv[3])); "
+            "x = load(sys.argv[1]).sample(3, generator=torch.Generator().manual_seed(5)); torch.save(x, sys.argv[2])")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "run", tmp_path / "x.pt", str(torch.get_num_threads())], check=True)
+    x = model.sample(3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(x, torch.load(tmp_path / "x.pt"))
+    assert torch.equal(x, load(tmp_path / "run").sample(3, generator=torch.Generator().manual_seed(5)))
+
+
+@cache
+def judge():
+    return train("judge-digits", None, "tiny", progress=False).model
+
+
+@cache
+def glow():
+    return train("glow-digits", None, "tiny", progress=False).model
+
+
+@cache
+def tiny(name):
+    if name == "judge-digits":
+        return judge()
+    if name == "glow-digits":
+        return glow()
+    return train(name, None, "tiny", glow=glow() if name.startswith("caglow") else None, progress=False).model
+
+
+def bits(model, x, c):
+    given = {"digit": c} if "digit" in model.conditions.names and type(model).__name__ == "CGlow" else {}
+    with torch.no_grad():
+        log_p = model.log_prob(x, generator=torch.Generator().manual_seed(0), **given)
+    return -log_p.mean().item() / (x[0].numel() * 0.6931)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_law_10_a_tiny_run_improves_its_own_metric(name):
+    d = data("judge-digits")
+    x, c = d.images_of("test"), d.table("test")["c"].argmax(1)
+    trained, raw = tiny(name), fresh(name)
+    if name == "judge-digits":
+        with torch.no_grad():
+            assert (trained.logits(x).argmax(1) == c).double().mean() > 0.9
+        return
+    assert bits(trained, x, c) < bits(raw, x, c) - 1
+    if name.startswith("caglow"):
+        wanted = torch.arange(200) % 10
+        with torch.no_grad():
+            read = judge().logits(trained.sample(200, generator=torch.Generator().manual_seed(0), digit=wanted)).argmax(1)
+        assert (read == wanted).double().mean() > (0.25 if "literal" in name else 0.8)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "glow-digits"])
+def test_law_7_the_same_noise_with_another_condition_is_another_image(name):
+    model = tiny(name)
+    a, b = (model.sample(40, generator=torch.Generator().manual_seed(0), digit=torch.full((40,), k)) for k in (0, 1))
+    again = model.sample(40, generator=torch.Generator().manual_seed(0), digit=torch.zeros(40, dtype=torch.long))
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    if name.startswith("caglow"):  # darker in the middle of a 0 than of a 1
+        assert a[:, :, 6:10, 6:10].mean() < b[:, :, 6:10, 6:10].mean()
+
+
+def test_sharing_a_trained_glow_gives_what_training_both_stages_gives(tmp_path):
+    images = {"flow": SHORT, "adversarial": SHORT}
+    both = fit(fresh("caglow-digits"), data("caglow-digits"), images=images, progress=False).model
+    alone = fit(fresh("glow-digits"), data("glow-digits"), images=SHORT, progress=False).model
+    shared = train("caglow-digits", None, "tiny", glow=alone, images={"adversarial": SHORT}, progress=False).model
+    assert equal(both, shared)
+
+
+def test_the_flow_round_trip_holds_after_training():
+    model, x = glow(), data("judge-digits").images_of("test")[:50]
+    with torch.no_grad():
+        assert (model.decode(model.encode(x)) - x).abs().max() <= 1e-4
+        model64 = model.double()
+        v = dequantize(x.double(), torch.full_like(x.double(), 0.5))
+        assert (model64.flow.inverse(model64.flow(v)[0]) - v).abs().max() <= 1e-10
+        model.float()
+
+
+def test_names_and_tiers_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'caglow-digits'"):
+        recipe("caglow-digit")
+    with pytest.raises(ValueError, match="accepted: tiny, cpu"):
+        train("glow-digits", None, "huge")
+    with pytest.raises(ValueError, match="did you mean 'caglow/digits'"):
+        reproduce("caglow/digit")
+    with pytest.raises(ValueError, match="seeds"):
+        reproduce("caglow/digits", seeds=0)
+
+
+def test_every_experiment_names_known_recipes_of_every_tier():
+    for name, experiment in EXPERIMENTS.items():
+        assert "/" in name
+        for tier in TIERS:
+            assert experiment.config(tier)["recipes"].keys() == set(experiment.recipes) <= RECIPES.keys()
+    assert all("-" in name and "/" not in name for name in RECIPES)
+
+
+def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypatch):
+    from condgen import recipes
+    from condgen.metrics import row
+
+    seen = []
+
+    def run(lab: Lab):
+        seen.append(lab.seed)
+        return [row("Glow", "bpd", 1.0 + lab.seed, n=3)]
+
+    monkeypatch.setitem(recipes.EXPERIMENTS, "test/count", recipes.Experiment("test/count", "", run, ("glow-digits",)))
+    path = result_path("test/count", "tiny", tmp_path)
+    for seeds in (1, 3, 3):
+        result = reproduce("test/count", "tiny", seeds, runs=tmp_path / "runs", results=path)
+    assert seen == [0, 1, 2] and result["rows"][0]["values"] == [1.0, 2.0, 3.0]
+    assert json.loads(path.read_text())["config"]["seeds"] == [0, 1, 2]
+    monkeypatch.setattr(recipes, "source", lambda: "changed")
+    reproduce("test/count", "tiny", 1, runs=tmp_path / "runs", results=path)
+    assert seen == [0, 1, 2, 0]
+
+
+def test_source_ignores_comments_but_not_code(tmp_path, monkeypatch):
+    from condgen import recipes
+
+    package = tmp_path / "condgen"
+    package.mkdir()
+    monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
+    digests = []
+    for text in ('"a"\nx = 1', '"b"\nx = 1  # one', '"b"\nx = 2'):
+        (package / "recipes.py").write_text(text)
+        digests.append(source())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_headline_gives_the_floor_a_line_of_its_own():
+    from condgen.metrics import row
+
+    rows = [row("Glow", "frechet", 9.0, n=1), row("Glow", "frechet_floor", 2.0, n=1), row("judge", "accuracy", 0.9, n=1)]
+    assert [(r["model"], r["metric"]) for r in headline(rows)] == [("Glow", "frechet"), ("real training images", "frechet")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures processes")
+def test_import_is_lazy():
+    code = "import sys, condgen as cg; cg.CAGlow, cg.fit, cg.load; print(sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    heavy = ("torchvision", "torchmetrics", "sklearn", "matplotlib", "accelerate", "safetensors", "typer", "ipywidgets", "nbdev", "fastcore")
+    for name in heavy:
+        assert f"'{name}'" not in loaded, name
