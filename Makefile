@@ -15,10 +15,10 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "condgen needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## train CAGlow on handwritten digits and measure it (TIER=tiny: a minute; TIER=cpu: a quarter of an hour)
+demo: $(READY)  ## train CAGlow on handwritten digits and measure it (about five minutes; TIER=tiny: a minute and a half)
 	$(BIN)/python -m condgen reproduce caglow/digits --tier $(TIER) --runs runs/demo --results runs/demo/metrics.json
 
 test: $(READY)  ## run all tests, every notebook included

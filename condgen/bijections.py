@@ -130,7 +130,7 @@ def start_from_data(module: nn.Module, *inputs: Tensor) -> None:
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/foundations/01_change_of_variables.ipynb #2dd6e33b
+# %% ../nbs/foundations/01_change_of_variables.ipynb #591a221d
 class InvertibleConv(Bijection):
     """Invertible 1×1 convolution: one c×c matrix W applied to the channels at every position.
 
@@ -172,11 +172,12 @@ class InvertibleConv(Bijection):
 
     def apply_matrix(self, w: Tensor, x: Tensor) -> Tensor:
         """Multiply the channels of `x`, `(n, c, …)`, by `w` at each position."""
-        return F.conv2d(x, w[:, :, None, None]) if x.dim() == 4 else torch.einsum("ij,nj...->ni...", w, x)
+        return (w @ x.flatten(2)).view(x.shape) if x.dim() > 2 else x @ w.T
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logdet = self.log_s.sum() if self.lu else torch.linalg.slogdet(self.weight)[1]
-        return self.apply_matrix(self.matrix(), x), (pixels(x) * logdet).expand(len(x))
+        with torch.autocast(x.device.type, enabled=False):  # W in full precision, whatever the coupling networks use
+            logdet = self.log_s.sum() if self.lu else torch.linalg.slogdet(self.weight)[1]
+            return self.apply_matrix(self.matrix(), x), (pixels(x) * logdet).expand(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
         return self.apply_matrix(torch.linalg.inv(self.matrix().double()).to(y.dtype), y)

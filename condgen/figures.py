@@ -203,7 +203,7 @@ def curves(rows: Iterable[dict[str, Any]], title: str | None = None) -> "Figure"
         fig.suptitle(title)
     return fig
 
-# %% ../nbs/workshop/16_figures.ipynb #731850f9
+# %% ../nbs/workshop/16_figures.ipynb #e2fd13b1
 def png(figure: "Figure") -> bytes:
     """A figure as the bytes of a small PNG; the figure is closed."""
     import matplotlib.pyplot as plt
@@ -258,7 +258,7 @@ CSS = """
   :root { --ink: #dcdfe4; --soft: #9aa3af; --line: #343b46; --page: #16191f; --card: #1f242c; --mark: #f0955c }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 54rem; padding: 3rem 1.25rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 60rem; padding: 3rem 1.25rem; background: var(--page); color: var(--ink);
        font: 17px/1.6 Georgia, "Times New Roman", serif }
 h1, h2, table, figcaption, footer { font-family: system-ui, "Segoe UI", Roboto, Helvetica, sans-serif }
 h1 { margin: 0 0 2rem; font-size: 2.1rem; line-height: 1.15; letter-spacing: -.015em }
@@ -274,7 +274,7 @@ figcaption { margin-top: .5rem; color: var(--soft); font-size: .85rem }
 table { width: 100%; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child { text-align: left }
-thead th { color: var(--soft); font-weight: 600 }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom }
 tbody th { font-weight: 600 }
 footer { color: var(--soft); font-size: .8rem }
 """

@@ -394,7 +394,7 @@ def rows_of(model: str, result: dict[str, Any], variant: str = "", paper: dict[s
     names = [name for name in METRICS if name in result]
     return [row(model, k, result[k], variant, None, (paper or {}).get(k), **result["protocol"]) for k in names]
 
-# %% ../nbs/workshop/15_metrics.ipynb #0336a446
+# %% ../nbs/workshop/15_metrics.ipynb #9cd9dfe4
 def show(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """A number with half the width of its interval."""
     if value is None:
@@ -416,7 +416,7 @@ def layout(rows: Iterable[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
         info, number = METRICS[r["metric"]], protocols.index(key(r, "protocol")) + 1
         at = ", ".join(f"{k} {v}" for k, v in r["at"].items())
         arrow = {"higher": "↑", "lower": "↓"}.get(info.better, "")
-        parts = [info.name, at and f"at {at}", info.unit and f"[{info.unit}]", arrow]
+        parts = [info.name.replace("_", " "), at and f"at {at}", info.unit and f"[{info.unit}]", arrow]
         head = " ".join(part for part in [*parts, f"({number})" if len(protocols) > 1 else ""] if part)
         _, cells = columns.setdefault(key(r, "metric", "at", "protocol"), (head, {}))
         line = ", ".join(filter(None, (r["model"], r["variant"])))

@@ -9,7 +9,7 @@ __all__ = ['BAD_STEPS', 'STATE', 'VALIDATIONS', 'LOG_ROWS', 'Data', 'Order', 're
            'check_folder', 'check_conditions', 'settings_of', 'Diary', 'finished_run', 'train_stage', 'fit',
            'accelerator_for']
 
-# %% ../nbs/workshop/14_training.ipynb #a51e07a6
+# %% ../nbs/workshop/14_training.ipynb #2886c125
 import json
 import math
 import time
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .contracts import Batch, Model, Noise, Player, Stage, accepted, seed_of
 from .runs import (DamagedFile, Run, build, describe, load_state, make_folder, put_tensors, read_json, read_log,
-                          read_tensors, save, save_state, versions, write_atomically, write_json)  # fmt: skip
+                          read_tensors, save, save_state, versions, write_atomically, write_json)
 
 # %% ../nbs/workshop/14_training.ipynb #91104583
 class Data(Protocol):
@@ -304,7 +304,7 @@ class Rounds:
                 f"steps in a row: {', '.join(odd)}; a lower learning rate may help"
             )
 
-# %% ../nbs/workshop/14_training.ipynb #d2d2b5e5
+# %% ../nbs/workshop/14_training.ipynb #635ed634
 class Trainer(Rounds):
     """The state of one training: enters stages, keeps averages, saves and restores itself. Use `fit`.
 
@@ -361,7 +361,7 @@ class Trainer(Rounds):
             put_optimizer_tensors(self.optimizers, tensors)
             self.average, self.best = (
                 {n.removeprefix(kind): t.to(self.accelerator.device) for n, t in tensors.items() if n.startswith(kind)}
-                for kind in ("average.", "best."))  # fmt: skip
+                for kind in ("average.", "best."))
 
     def seat(self, players: list[Player]) -> None:
         """Take the players of a stage, with optimisers that remember nothing."""

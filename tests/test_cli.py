@@ -1,4 +1,4 @@
-"""The command line as a user meets it: the verbs work, mistakes end with a message and exit code 2, and nothing is written."""
+"""The command line as a user meets it: verbs work; mistakes end with a message, exit code 2 and nothing written."""
 
 import subprocess
 import sys
@@ -9,7 +9,9 @@ TINY = ["--tier", "tiny"]
 
 
 def condgen(*arguments, cwd, check=True):
-    done = subprocess.run([sys.executable, "-m", "condgen", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "condgen", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr, done.stderr
     if check:
         assert done.returncode == 0, done.stderr
@@ -89,7 +91,12 @@ def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path, mo
     run = shutil.copytree(folder / "runs" / "judge-digits", tmp_path / "runs" / "judge")
     weights = run / "model.safetensors"
     raw = weights.read_bytes()
-    for bad in (raw[: len(raw) // 2], raw[:-1] + bytes([raw[-1] ^ 1]), b"\x80\x04\x95cos\nsystem\n(S'touch owned'\ntR.", b""):
+    for bad in (
+        raw[: len(raw) // 2],
+        raw[:-1] + bytes([raw[-1] ^ 1]),
+        b"\x80\x04\x95cos\nsystem\n(S'touch owned'\ntR.",
+        b"",
+    ):
         weights.write_bytes(bad)
         code, said = called(["evaluate", "judge", "--judge", "judge"], monkeypatch, capsys, tmp_path)
         assert code == 2 and "model.safetensors" in said

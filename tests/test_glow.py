@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from condgen.bijections import ActNorm, Whiten, bits_per_dim, dequantize, halves, standard_normal_log_prob, start_from_data
+from condgen.bijections import (ActNorm, Whiten, bits_per_dim, dequantize, halves, standard_normal_log_prob,
+                                start_from_data)
 from condgen.contracts import Batch, Binary, Classes, Code, Noise
 from condgen.models.cglow import CGlow
 from condgen.models.glow import Glow, NonFiniteWarning, NormConv, ZeroConv, finite, glow_flow, warm_up_and_decay
@@ -68,7 +69,7 @@ def trained(request):
     return model, fit(model, Bars(), images=32 * 30, batch=32, progress=False)
 
 
-# law 1: the log-determinant is autograd's ------------------------------------------------------------------------------
+# law 1: the log-determinant is autograd's ------------------------------------------------------------
 
 @pytest.mark.parametrize("coupling", KINDS)
 @pytest.mark.parametrize("cls", [Glow, CGlow])
@@ -90,7 +91,7 @@ def test_ladj_is_that_of_autograd_both_ways(cls, coupling, shape, levels):
         assert abs(torch.linalg.slogdet(back)[1] + ladj[i]) < 1e-9
 
 
-# law 2: decode ∘ encode is the identity ----------------------------------------------------------------------------------
+# law 2: decode ∘ encode is the identity ------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", EXACT, ids=["float64", "float32"])
 @pytest.mark.parametrize("coupling", KINDS)
@@ -135,7 +136,7 @@ def test_images_in_single_precision_are_welcome_in_a_double_model():
     assert model.decode(torch.zeros(1, 64)).dtype == torch.float64
 
 
-# the whitened latent -----------------------------------------------------------------------------------------------------
+# the whitened latent ------------------------------------------------------------
 
 @pytest.mark.parametrize("coupling", KINDS)
 @pytest.mark.parametrize("levels", [1, 2, 3])
@@ -183,9 +184,12 @@ def test_log_prob_is_the_loss_in_nats():
     assert torch.isclose(log_p.mean(), -bpd * 64 * math.log(2), rtol=1e-6)
 
 
-# structure ---------------------------------------------------------------------------------------------------------------
+# structure ------------------------------------------------------------
 
-@pytest.mark.parametrize("shape, top", [((1, 32, 32), (16, 4, 4)), ((3, 32, 32), (48, 4, 4)), ((3, 64, 64), (48, 8, 8))])
+TOPS = [((1, 32, 32), (16, 4, 4)), ((3, 32, 32), (48, 4, 4)), ((3, 64, 64), (48, 8, 8))]
+
+
+@pytest.mark.parametrize("shape, top", TOPS)
 def test_latent_shapes(shape, top):
     flow = glow_flow(shape, levels=3, depth=1, width=2)
     assert flow.shapes[-1] == top
@@ -236,7 +240,7 @@ def test_arguments_rebuild_the_model():
         assert torch.equal(twin.sample(2, generator=seeded()), model.sample(2, generator=seeded()))
 
 
-# sampling ----------------------------------------------------------------------------------------------------------------
+# sampling ------------------------------------------------------------
 
 def test_samples_are_images_and_repeat_with_their_generator(trained):
     model, _ = trained
@@ -285,7 +289,7 @@ def test_interpolation_ends_at_its_images(cls):
     assert (path[0] - a).abs().max() < 1e-9 and (path[-1] - b).abs().max() < 1e-9
 
 
-# refusals ----------------------------------------------------------------------------------------------------------------
+# refusals ------------------------------------------------------------
 
 def test_28_pixels_do_not_fit_three_levels():
     with pytest.raises(ValueError, match="28×28.*divisible by 8.*pad 28×28 digits to 32×32"):
@@ -344,7 +348,7 @@ def test_cglow_needs_supervised_conditions():
             CGlow((1, 8, 8), conditions, levels=1, depth=1, width=4)
 
 
-# overflow ----------------------------------------------------------------------------------------------------------------
+# overflow ------------------------------------------------------------
 
 def test_overflow_is_named():
     model = build(Glow)
@@ -368,7 +372,7 @@ def test_the_guard_counts_images_and_leaves_good_ones_alone():
         assert torch.equal(finite(good, "a test"), good)
 
 
-# CGlow -------------------------------------------------------------------------------------------------------------------
+# CGlow ------------------------------------------------------------
 
 def test_a_fresh_cglow_does_not_know_its_classes():
     model = build(CGlow)
@@ -422,7 +426,7 @@ def test_training_tells_the_classes_apart():
     assert a[..., 1:3].mean() > b[..., 1:3].mean() and a[..., 5:7].mean() < b[..., 5:7].mean()
 
 
-# law 10 ------------------------------------------------------------------------------------------------------------------
+# law 10 ------------------------------------------------------------
 
 def test_a_tiny_run_improves_bits_per_dim(trained):
     _, run = trained

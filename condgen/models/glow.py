@@ -147,7 +147,7 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int, 
             parts.append(Chain(Squeeze(), *steps))
     return MultiScale(parts, shape)
 
-# %% ../../nbs/flows/20_glow.ipynb #04be6fc7
+# %% ../../nbs/flows/20_glow.ipynb #e37b469f
 class NonFiniteWarning(RuntimeWarning):
     """Some generated images overflowed."""
 
@@ -167,11 +167,11 @@ def finite(v: Tensor, what: str) -> Tensor:
     """
     bad = ~torch.isfinite(v).flatten(1).all(1)
     if bool(bad.any()):
-        warnings.warn(f"{int(bad.sum())} of {len(v)} images are not finite: {what}; an undertrained flow magnifies rare "
-                      f"noise, so train longer or lower the temperature", NonFiniteWarning, stacklevel=3)
+        warnings.warn(f"{int(bad.sum())} of {len(v)} images are not finite: {what}; an undertrained flow magnifies "
+                      f"rare noise, so train longer or lower the temperature", NonFiniteWarning, stacklevel=3)
     return v.nan_to_num(0.0, 0.5, -0.5)
 
-# %% ../../nbs/flows/20_glow.ipynb #37569a97
+# %% ../../nbs/flows/20_glow.ipynb #4e7e83a3
 class Glow(Model):
     """Glow (Kingma & Dhariwal, 2018): N levels of K steps, with learned priors.
 
@@ -270,7 +270,8 @@ class Glow(Model):
         if z.dim() != 2 or z.shape[1] != self.dims:
             raise ValueError(f"latent of shape {tuple(z.shape)}; accepted: (n, {self.dims})")
         if not bool(torch.isfinite(z).all()):
-            raise ValueError(f"latent with {int((~torch.isfinite(z)).sum())} values that are not finite; accepted: finite")
+            raise ValueError(f"latent with {int((~torch.isfinite(z)).sum())} values that are not finite; "
+                             f"accepted: finite")
         c = self.conditions.pack(len(z), **conditions)
         return self.decode_packed(z.to(self.device, self.prior_bias.dtype), c.to(self.device))
 
@@ -336,11 +337,13 @@ class Glow(Model):
 
     def flow_stage(self) -> Stage:
         """Maximum likelihood with warm-up, decay and averaged weights; keeps the best on validation data."""
+        def players(stage: Stage) -> list[Player]:
+            adam = torch.optim.Adam(self.flow_parameters(), self.lr, betas=(0.9, 0.99))
+            return [Player("flow", self.flow_parameters(), self.loss, adam, clip=10.0)]
+
         return Stage(
-            "flow", images=100_000, batch=64, ema=0.99, keep="best",
+            "flow", images=100_000, batch=64, players=players, ema=0.99, keep="best",
             on_enter=lambda batch: start_from_data(self.flow, self.dequantized(batch)),
-            players=lambda stage: [Player("flow", self.flow_parameters(), self.loss, clip=10.0, optimizer=torch.optim.Adam(
-                self.flow_parameters(), self.lr, betas=(0.9, 0.99)))],
             schedule=warm_up_and_decay,
             validate=lambda batch: self.loss(batch)["bpd"][1].item(),
         )
