@@ -464,6 +464,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                  'condgen.recipes.digits_variants': ('reproduction/recipes.html#digits_variants', 'condgen/recipes.py'),
                                  'condgen.recipes.flow_size': ('reproduction/recipes.html#flow_size', 'condgen/recipes.py'),
                                  'condgen.recipes.headline': ('reproduction/recipes.html#headline', 'condgen/recipes.py'),
+                                 'condgen.recipes.judge_rows': ('reproduction/recipes.html#judge_rows', 'condgen/recipes.py'),
                                  'condgen.recipes.more_digits': ('reproduction/recipes.html#more_digits', 'condgen/recipes.py'),
                                  'condgen.recipes.recipe': ('reproduction/recipes.html#recipe', 'condgen/recipes.py'),
                                  'condgen.recipes.reproduce': ('reproduction/recipes.html#reproduce', 'condgen/recipes.py'),

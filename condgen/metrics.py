@@ -394,13 +394,14 @@ def rows_of(model: str, result: dict[str, Any], variant: str = "", paper: dict[s
     names = [name for name in METRICS if name in result]
     return [row(model, k, result[k], variant, None, (paper or {}).get(k), **result["protocol"]) for k in names]
 
-# %% ../nbs/workshop/15_metrics.ipynb #9cd9dfe4
+# %% ../nbs/workshop/15_metrics.ipynb #485b8345
 def show(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """A number with half the width of its interval."""
     if value is None:
         return ""
     text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return text if low is None else f"{text} ± {(high - low) / 2:.2g}"
+    half = None if low is None else (high - low) / 2
+    return text if half is None else f"{text} ± {half:,.0f}" if half >= 10 else f"{text} ± {half:.2g}"
 
 
 def layout(rows: Iterable[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
@@ -453,7 +454,7 @@ def table_html(rows: Iterable[dict[str, Any]]) -> str:
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{small}"
 
-# %% ../nbs/workshop/15_metrics.ipynb #4900e91e
+# %% ../nbs/workshop/15_metrics.ipynb #89c83f30
 FIELDS = tuple("experiment tier command rows config data source commit versions hardware hours".split())
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "scikit-learn", "accelerate")
 
@@ -474,7 +475,7 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    cpu = f"{(names or [platform.processor() or platform.machine()])[0]}, threads: {torch.get_num_threads()}"
     return f"{cpu}; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 
 

@@ -19,6 +19,7 @@ from condgen.training import allow, fit
 SIZES = {"levels": 2, "depth": 1, "width": 8}
 SMALL = {**SIZES, "hidden": 32}
 BAR = Classes("bar", 3)
+CODED = (BAR, Code("u", 2))
 MANY = Schema([BAR, Binary("bold"), Real("light", 0, 10), Code("u", 2), Code("b", 1, "binary")])
 
 
@@ -36,7 +37,8 @@ class Bars:
 
     def table(self, split):
         n, g = {"train": 300, "val": 60, "test": 120}[split], seeded(len(split))
-        values = {"bar": torch.arange(n) % 3, "bold": torch.rand(n, generator=g) < 0.5, "light": 10 * torch.rand(n, generator=g)}
+        values = {"bar": torch.arange(n) % 3, "bold": torch.rand(n, generator=g) < 0.5}
+        values["light"] = 10 * torch.rand(n, generator=g)
         x = 20 * torch.rand(n, 1, self.width, self.width, generator=g) + 4 * values["light"].view(-1, 1, 1, 1)
         for i in range(n):
             left = int(values["bar"][i]) * 3 * self.width // 8
@@ -45,7 +47,7 @@ class Bars:
         return {"x": x.round().to(torch.uint8), "c": self.conditions.pack(n, **asked)}
 
 
-def build(conditions=(BAR, Code("u", 2)), shape=(1, 8, 8), cls=CAGlow, **options):
+def build(conditions=CODED, shape=(1, 8, 8), cls=CAGlow, **options):
     torch.manual_seed(0)
     return cls(shape, conditions, **{**SMALL, **options})
 
@@ -58,7 +60,7 @@ def flow():
     return model
 
 
-def on_flow(conditions=(BAR, Code("u", 2)), images=1_600, **options):
+def on_flow(conditions=CODED, images=1_600, **options):
     """A CAGlow on the trained flow, its log, and its data."""
     torch.manual_seed(0)
     model = CAGlow.from_glow(flow(), conditions, **{"hidden": 32, **options})
@@ -69,8 +71,8 @@ def on_flow(conditions=(BAR, Code("u", 2)), images=1_600, **options):
 @cache
 def spoken(kind="uniform"):
     """A CAGlow whose codes have been learned, and its log."""
-    weight = {"uniform": 20.0, "binary": 50.0}[kind]
-    return on_flow((BAR, Code("u", 2, kind)), images=16_000, weights={"De": weight}, hidden=128)[:2]
+    count, weight = {"uniform": (2, 20.0), "binary": (1, 50.0)}[kind]
+    return on_flow((BAR, Code("u", count, kind)), images=16_000, weights={"De": weight}, hidden=128)[:2]
 
 
 def places(x):
@@ -179,7 +181,8 @@ def test_start_from_matches_mean_and_covariance():
     g = seeded()
     c = F.one_hot(torch.arange(900) % 3, 3).float()
     turn = torch.randn(3, 5, 5, generator=g)
-    z = torch.einsum("ni,nij->nj", torch.randn(900, 5, generator=g), turn[torch.arange(900) % 3]) + c @ torch.randn(3, 5, generator=g)
+    z = torch.einsum("ni,nij->nj", torch.randn(900, 5, generator=g), turn[torch.arange(900) % 3])
+    z = z + c @ torch.randn(3, 5, generator=g)
     encoder = Encoder(Schema([BAR, Code("u", 2)]), 5, 8)
     encoder.start_from(z, c)
     for k in range(3):
@@ -191,8 +194,10 @@ def test_start_from_matches_mean_and_covariance():
         assert (torch.cov(asked.T) - torch.cov(part.T)).norm() < 0.15 * torch.cov(part.T).norm()
 
 
-@pytest.mark.parametrize("conditions", [[Binary("bold")], [Real("light", 0, 10)], [Code("u", 2)], list(MANY), [BAR, Classes("k", 2)]],
-                         ids=["binary", "real", "codes", "many", "two classes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "conditions", [[Binary("bold")], [Real("light", 0, 10)], [Code("u", 2)], list(MANY), [BAR, Classes("k", 2)]],
+    ids=["binary", "real", "codes", "many", "two classes"],
+)  # fmt: skip
 def test_the_gaussian_has_the_mean_of_each_condition(conditions):
     """Also where no one-hot column carries a constant."""
     schema, g = Schema(conditions), seeded()
@@ -228,17 +233,19 @@ def test_networks_of_the_paper_have_two_layers():
         model = build(networks="paper", latent=latent, noise=5)
         assert isinstance(model.encoder, PaperEncoder) and model.written == written
         weights = {name: tuple(p.shape) for name, p in model.supervision.named_parameters() if p.dim() > 1}
-        assert weights == {"trunk.last.weight": (32, written), "real.weight": (1, 32), "c.weight": (3, 32), "u.weight": (2, 32)}
+        heads = {"real.weight": (1, 32), "c.weight": (3, 32), "u.weight": (2, 32)}
+        assert weights == {"trunk.last.weight": (32, written), **heads}
         assert [tuple(p.shape) for p in model.encoder.parameters() if p.dim() > 1] == [(32, 10), (written, 32)]
 
 
 @pytest.mark.parametrize("conditions", [[BAR], [Code("u", 2)]], ids=["no codes", "codes only"])
 def test_missing_heads_are_empty(conditions):
+    schema = Schema(conditions)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        block = Supervision([(4, 4, 4)], Schema(conditions), 8, True)
+        block = Supervision([(4, 4, 4)], schema, 8, True)
     _, real, c, u = block(torch.randn(5, 64))
-    assert real.shape == (5,) and (c.shape[1], u.shape[1]) == (3 * (len(Schema(conditions).supervised)), 2 * len(Schema(conditions).codes))
+    assert real.shape == (5,) and (c.shape[1], u.shape[1]) == (schema.supervised.width, schema.codes.width)
     assert all(p.numel() for p in block.parameters())
 
 
@@ -346,7 +353,7 @@ def test_codes_are_learned_and_can_be_read(kind):
     u = model.conditions.codes.draw(n, lambda name, k: torch.rand(n, k, generator=g))
     with torch.no_grad():
         answers = model.supervision(model.sample_latent(n, 1.0, g, u=u))[3]
-    for k in range(2):
+    for k in range(u.shape[1]):
         assert torch.corrcoef(torch.stack([u[:, k], answers[:, k]]))[0, 1] > 0.6
 
 

@@ -344,7 +344,7 @@ class LatentGame(WrittenLatents):
                 **self.condition_terms(predicted, codes, c),
                 "FM": (self.weights["FM"], feature_matching(real, features, groups))}
 
-# %% ../../nbs/caglow/31_caglow.ipynb #5231cd81
+# %% ../../nbs/caglow/31_caglow.ipynb #d4213c3f
 class CAGlow(LatentGame):
     """Conditional adversarial Glow: supervised conditions and unsupervised codes for a frozen Glow.
 
@@ -426,7 +426,7 @@ class CAGlow(LatentGame):
 
     @torch.no_grad()
     def latents(self, table: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The table of latents `z (n, D)` of a table of images `x`, several dequantisations of each if there are few."""
+        """Latents `z (n, D)` in place of a table's images `x`, several dequantisations of each if there are few."""
         x, copies, found = table["x"], max(1, min(4, 20_000 // len(table["x"]))), []
         for k in range(copies):
             for start in range(0, len(x), 512):
