@@ -152,7 +152,7 @@ def evaluate(
     write_json(folder / "metrics.json", {"rows": rows})
     typer.echo(metrics.table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #81b2fa89
+# %% ../nbs/reproduction/71_command_line.ipynb #220f38be
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -172,9 +172,8 @@ def reproduce(
     result = reproduce(name, tier, seeds, seed, seconds(budget), runs, results)
     for row in result["rows"]:
         if row["model"] == "judge" and row["metric"] == "accuracy":
-            typer.echo(
-                f"judge: {metrics.show(row['value'], row['low'], row['high'])} of {row['protocol']['n']} test images right"
-            )
+            share = metrics.show(row["value"], row["low"], row["high"])
+            typer.echo(f"judge: accuracy {share} on {row['protocol']['n']} test images")
     typer.echo(metrics.table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
     report = (runs or Path("runs") / name.split("/")[0]) / "report.html"
