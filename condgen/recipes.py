@@ -294,7 +294,7 @@ def digits_variants(lab: Lab) -> list[dict[str, Any]]:
         rows += lab.measure("CAGlow", run.model, judge.model, data, run.seconds, variant)
     return rows
 
-# %% ../nbs/reproduction/70_recipes.ipynb #2ebb5308
+# %% ../nbs/reproduction/70_recipes.ipynb #c89592d9
 @dataclass(frozen=True)
 class Experiment:
     "A measurement that the book shows: `run(lab)` gives the rows of one seed, `recipes` names what it trains."
@@ -313,7 +313,9 @@ class Experiment:
 
 def source() -> str:
     "sha256 of the package's code as far as results depend on it; comments and docstrings do not count."
-    package, total = Path(__file__).parent, hashlib.sha256()
+    import condgen
+
+    package, total = Path(condgen.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         if path.stem not in ("__init__", "__main__", "_modidx", "cli", "figures", "explore"):
             tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -213,11 +213,11 @@ def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypa
 
 
 def test_source_ignores_comments_but_not_code(tmp_path, monkeypatch):
-    from condgen import recipes
+    import condgen
 
     package = tmp_path / "condgen"
     package.mkdir()
-    monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
+    monkeypatch.setattr(condgen, "__file__", str(package / "__init__.py"))
     digests = []
     for text in ('"a"\nx = 1', '"b"\nx = 1  # one', '"b"\nx = 2'):
         (package / "recipes.py").write_text(text)
