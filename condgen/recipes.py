@@ -336,7 +336,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #371ee8aa
+# %% ../nbs/reproduction/70_recipes.ipynb #16501790
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -363,8 +363,10 @@ def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
         Section(
             "What was measured",
             "A judge that took no part in training reads 2,160 samples of each model, the same number of "
-            "each digit. Diversity is the spread within a class, relative to real images: a model that ignores its noise would "
-            "score well on accuracy alone. The Fréchet distance of real training images to the same test images is the best "
+            "each digit. Diversity is the spread within a class, relative to real images: a model that ignores its "
+            "noise would "
+            "score well on accuracy alone. The Fréchet distance of real training images to the same test images is "
+            "the best "
             "that can be hoped for.",
             table=cells,
             caption="; ".join(notes),
@@ -445,7 +447,7 @@ def reproduce(
         seeds: how many.
         first_seed: the first of them.
         budget: seconds; afterwards `OutOfTime`, and the same call goes on.
-        runs: folder of the run folders; `runs/<family>` if None, so that experiments of a family share judges and flows.
+        runs: folder of the run folders; `runs/<family>` if None, so that experiments of a family share them.
         results: file; `data/results/<name>.<tier>.json` if None.
         progress: show bars.
     """
