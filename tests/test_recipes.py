@@ -66,6 +66,34 @@ def test_law_4_each_player_moves_exactly_its_parameters(name):
             p.requires_grad_(True)
 
 
+CODE = {"caglow-digits-binary": "b"}
+TERMS = {
+    "judge": {"digit"},
+    "flow": {"bpd"},
+    "supervision": {"D", "C_digit", "De_u"},  # Eq. 11, 12, 13
+    "encoder": {"E", "C_digit", "De_u", "FM"},  # Eq. 10, 12, 13, 14
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_term_of_a_loss_is_missing_or_weightless(name):
+    weighed = {}
+    model = fresh(name)
+    for stage in model.stages():
+        table = data(name).table("train")
+        table = stage.data({k: v[:64] for k, v in table.items()}) if stage.data else table
+        batch = Batch({k: v[:64] for k, v in table.items()}, Noise(("terms",), slice(None), 64))
+        for player in stage.players(stage):
+            weighed[player.name] = {term: weight for term, (weight, _) in player.loss(batch).items()}
+    players = {"judge-digits": {"judge"}, "glow-digits": {"flow"}, "cglow-digits": {"flow"}}
+    assert set(weighed) == players.get(name, {"flow", "supervision", "encoder"})
+    for player, terms in weighed.items():
+        wanted = {term.replace("_u", f"_{CODE.get(name, 'u')}") for term in TERMS[player]}
+        if name == "cglow-digits":
+            wanted = {"bpd", "digit"}
+        assert set(terms) == wanted and all(weight > 0 for weight in terms.values())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_law_5_interrupted_and_resumed_is_uninterrupted(name, tmp_path):
     whole, parts, run = short_run(name), 0, None
