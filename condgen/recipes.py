@@ -336,7 +336,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #16501790
+# %% ../nbs/reproduction/70_recipes.ipynb #b3411209
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -359,10 +359,11 @@ def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
     labels, real = data.table("test")["c"].argmax(1), data.images_of("test")
     twelve = real[torch.cat([(labels == k).nonzero()[:12, 0] for k in range(10)])].view(10, 12, *data.shape)
     cells, notes = layout(headline(rows))
+    n = next(r["protocol"]["n"] for r in rows if r["model"] == "CAGlow")
     sections = [
         Section(
             "What was measured",
-            "A judge that took no part in training reads 2,160 samples of each model, the same number of "
+            f"A judge that took no part in training reads {n:,} samples of each model, the same number of "
             "each digit. Diversity is the spread within a class, relative to real images: a model that ignores its "
             "noise would "
             "score well on accuracy alone. The Fréchet distance of real training images to the same test images is "
@@ -398,7 +399,7 @@ def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
         held = torch.stack(strips)
         sections.append(
             Section(
-                f"What CAGlow's code u{j + 1} has found",
+                f"What CAGlow's code u{j + 1} changes",
                 "Along a row only the code changes, from −1 to 1; the digit, the "
                 "other code and the noise are held still.",
                 traversal(held, range(10), [f"{v:g}" for v in values]),

@@ -1,7 +1,6 @@
 """Laws that every recipe inherits, at tier tiny: 4 gradients, 5 resume, 6 reload, 7 conditions act, 10 learning."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -267,7 +266,6 @@ def test_headline_gives_the_floor_a_line_of_its_own():
     ]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures processes")
 def test_import_is_lazy():
     code = (
         "import sys, condgen as cg; cg.CAGlow, cg.fit, cg.load; print(sorted(m for m in sys.modules if '.' not in m))"
