@@ -6,10 +6,10 @@ TIER ?= cpu
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
-.PHONY: help demo test book lab clean
+.PHONY: help demo test book lab weights clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(READY): settings.ini setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "condgen needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -29,6 +29,9 @@ book: $(READY)  ## build the book into _build/html
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs
+
+weights: $(READY)  ## train the models that ship with the package anew
+	$(BIN)/python -c "from condgen.recipes import ship_weights; ship_weights()"
 
 clean:  ## remove what the other targets made, except .venv and runs
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -37,7 +37,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_name"]: ["py.typed", "weights/*"]},
+    package_data={cfg["lib_name"]: ["py.typed", "weights/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require=extras,

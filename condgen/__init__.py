@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #5ff2efea
+# %% ../nbs/index.ipynb #5400abb7
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -30,13 +30,17 @@ NAMES = {
     "Glow": "models.glow",
     "CGlow": "models.cglow",
     "CAGlow": "models.caglow",
+    "ACGAN": "models.vaegan",
 }
 MODULES = [
     "bijections",
+    "blocks",
     "contracts",
     "data",
     "divergences",
+    "explore",
     "figures",
+    "games",
     "metrics",
     "models",
     "recipes",

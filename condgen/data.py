@@ -628,7 +628,7 @@ def prepared_names(base: Path | None = None) -> list[str]:
     base = base or home()
     return sorted(p.parent.name for p in base.glob("*/labels.csv") if (p.parent / f"{p.parent.name}.zip").exists())
 
-# %% ../nbs/workshop/12_data.ipynb #53a05f37
+# %% ../nbs/workshop/12_data.ipynb #dd32aa19
 NAMES: dict[str, Callable[..., Dataset]] = {"digits": digits, "mnist": mnist}
 
 
@@ -647,4 +647,6 @@ def load(name: str, size: int | None = None) -> Dataset:
     if Path(name).exists():
         return folder(name, **more)
     choice = accepted([*NAMES, *prepared_names()], name)
-    raise ValueError(f"no data set {name!r}; {choice}; or the path of a folder or zip of images")
+    place = f"prepared sets in {home()}" if home().is_dir() else f"no prepared sets, for there is no folder {home()}"
+    raise ValueError(f"no data set {name!r}; {choice}; or the path of a folder or zip of images ({place}; "
+                     f"$CONDGEN_DATA names another folder)")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'HIGHER', 'NEITHER', 'METRICS', 'CHUNK', 'ENOUGH', 'BEHIND', 'FIELDS', 'PACKAGES', 'MetricInfo', 'known',
-           'frechet_distance', 'batched', 'frechet', 'accuracy', 'diversity', 'chunks', 'bpd', 'quiet', 'generate',
-           'device_of', 'fingerprint', 'evaluate', 'n_classes', 'spread', 'choose_temperature', 'interval', 'row',
-           'key', 'merge', 'rows_of', 'show', 'layout', 'table', 'table_html', 'versions', 'hardware', 'write_results',
-           'read_results', 'stale']
+           'frechet_distance', 'batched', 'frechet', 'accuracy', 'diversity', 'check_clouds', 'neighbours',
+           'own_shares', 'classes_of', 'knn_two_sample', 'centroid_distance', 'silhouette', 'fisher_directions',
+           'chunks', 'bpd', 'quiet', 'generate', 'device_of', 'fingerprint', 'evaluate', 'n_classes', 'spread',
+           'choose_temperature', 'interval', 'row', 'key', 'merge', 'rows_of', 'show', 'layout', 'table', 'table_html',
+           'versions', 'hardware', 'write_results', 'read_results', 'stale']
 
 # %% ../nbs/workshop/15_metrics.ipynb #4ed9623a
 import hashlib
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from .contracts import Binary, Classes, Model, accepted, seed_of
 
-# %% ../nbs/workshop/15_metrics.ipynb #ad58ba14
+# %% ../nbs/workshop/15_metrics.ipynb #cb97d938
 @dataclass(frozen=True)
 class MetricInfo:
     """What a metric's number means."""
@@ -42,13 +43,13 @@ class MetricInfo:
 
 LOWER = (
     "bpd:bits/dim frechet frechet_floor reconstruction_l1 dhash:bits phash:bits whash:bits mae mse amp_variance "
-    "interference knn_two_sample age_error:years seconds:s bytes:B peak_memory_mb:MB"
+    "interference knn_two_sample centroid_distance age_error:years seconds:s bytes:B peak_memory_mb:MB"
 )
 HIGHER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature diversity_feature_min inception_score psnr:dB ssim "
-    "attribute_accuracy identity_accuracy code_correlation silhouette nrds images_per_second:images/s"
+    "attribute_accuracy identity_accuracy code_correlation nrds images_per_second:images/s"
 )
-NEITHER = "temperature"
+NEITHER = "temperature silhouette"
 METRICS: dict[str, MetricInfo] = {
     name: MetricInfo(name, unit, better)
     for names, better in ((HIGHER, "higher"), (LOWER, "lower"), (NEITHER, ""))
@@ -154,6 +155,162 @@ def diversity(
             raise ValueError(f"real images of class {k.item():g} do not vary; accepted: 2 or more different ones")
         classes.append(math.sqrt(total(generated[(labels == k) & right]) / spread))
     return statistics.fmean(classes), classes
+
+# %% ../nbs/workshop/15_metrics.ipynb #374e1b08
+def check_clouds(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sets of points `(n, f)` and `(m, f)` in float64 on the CPU.
+
+    Raises:
+        ValueError: other shapes, fewer than 2 points in a set, or values that are not finite.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"points {tuple(a.shape)}, {tuple(b.shape)}; accepted: (n, f) and (m, f), at least 2 each")
+    a, b = (x.detach().double().cpu() for x in (a, b))
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("points that are not finite; accepted: finite values")
+    return a, b
+
+
+def neighbours(x: Tensor, k: int) -> Tensor:
+    """The k nearest other points of each of the points `x (N, f)`, as indices `(N, k)`; Euclidean, all pairs."""
+    if not 1 <= k < len(x):
+        raise ValueError(f"{k} neighbours of {len(x)} points; accepted: 1 … {len(x) - 1}")
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    return distance.topk(k, largest=False).indices
+
+
+def own_shares(a: Tensor, b: Tensor, k: int = 5) -> tuple[float, float]:
+    """Which share of the k nearest neighbours comes from the point's own set, for the points of `a` and those of `b`.
+
+    Args:
+        a: `(n, f)`.
+        b: `(m, f)`.
+        k: neighbours, among all other points of both sets.
+
+    Returns:
+        s_a and s_b in [0, 1]; (n − 1)/(n + m − 1) and (m − 1)/(n + m − 1) are expected of one distribution.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, or too few points for k.
+
+    References:
+        Schilling 1986, whose statistic is the mean over all points.
+    """
+    a, b = check_clouds(a, b)
+    first = torch.arange(len(a) + len(b)) < len(a)
+    own = (first[neighbours(torch.cat([a, b]), k)] == first[:, None]).double().mean(1)
+    return own[first].mean().item(), own[~first].mean().item()
+
+# %% ../nbs/workshop/15_metrics.ipynb #faa64b48
+def classes_of(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The points of each class in both sets, in the order of labels.
+
+    Raises:
+        ValueError: labels that do not fit the points, or a class that only one set has.
+    """
+    if len(a) != len(a_labels) or len(b) != len(b_labels) or a_labels.unique().tolist() != b_labels.unique().tolist():
+        given = f"labels {tuple(a_labels.shape)} and {tuple(b_labels.shape)} for {len(a)} and {len(b)} points"
+        raise ValueError(f"{given}; accepted: one each, the same classes in both sets")
+    return [(a[a_labels == c], b[b_labels == c]) for c in a_labels.unique()]
+
+
+def knn_two_sample(
+    a: Tensor, b: Tensor, k: int = 5, a_labels: Tensor | None = None, b_labels: Tensor | None = None
+) -> float:
+    """How well nearest neighbours tell two sets apart: ½ not at all, 1 perfectly.
+
+    Args:
+        a: `(n, f)`.
+        b: `(m, f)`.
+        k: neighbours.
+        a_labels: `(n,)`; with labels, every class is compared with itself only.
+        b_labels: `(m,)`.
+
+    Raises:
+        ValueError: as `own_shares`, or labels that do not fit.
+    """
+    check_clouds(a, b)
+    labelled = a_labels is not None and b_labels is not None
+    groups = classes_of(a, a_labels, b, b_labels) if labelled else [(a, b)]
+    excess = []
+    for x, y in groups:
+        expected = [(len(z) - 1) / (len(x) + len(y) - 1) for z in (x, y)]
+        excess.append([(s - e) / (1 - e) for s, e in zip(own_shares(x, y, k), expected, strict=True)])
+    return 0.5 + torch.tensor(excess).mean(0).abs().sum().item() / 4
+
+# %% ../nbs/workshop/15_metrics.ipynb #96133814
+def centroid_distance(a: Tensor, a_labels: Tensor, b: Tensor, b_labels: Tensor) -> float:
+    """Root mean squared distance of class means of two sets, relative to that between different classes of `a`.
+
+    What finite samples add to either is estimated from the spread within classes and subtracted.
+
+    Args:
+        a: `(n, f)`, the reference; 2 or more points in each of 2 or more classes.
+        a_labels: `(n,)`.
+        b: `(m, f)`.
+        b_labels: `(m,)`.
+
+    Returns:
+        0 in expectation for equal means, 1 where a class is as far from its own place as from another class.
+
+    Raises:
+        ValueError: as `knn_two_sample`; or classes of `a` that lie no further apart than chance would have it.
+    """
+    a, b = check_clouds(a, b)
+    groups = classes_of(a, a_labels, b, b_labels)
+    if len(groups) < 2 or min(len(x) for pair in groups for x in pair) < 2:
+        raise ValueError("too few points; accepted: 2 or more classes with 2 or more points in each set")
+    (mean_a, noise_a), (mean_b, noise_b) = (
+        (torch.stack([x.mean(0) for x in side]), torch.stack([x.var(0).sum() / len(x) for x in side]))
+        for side in zip(*groups, strict=True)
+    )
+    apart = torch.pdist(mean_a).square().mean() - 2 * noise_a.mean()
+    if not apart > 0:
+        raise ValueError("the classes of the reference are not apart; accepted: class means further apart than noise")
+    gap = (mean_a - mean_b).square().sum(1).mean() - (noise_a + noise_b).mean()
+    return (gap.clamp(min=0) / apart).sqrt().item()
+
+# %% ../nbs/workshop/15_metrics.ipynb #a32f0f6b
+def silhouette(x: Tensor, labels: Tensor) -> float:
+    """Mean silhouette of points `(n, f)` with classes `(n,)`, in [−1, 1]; Euclidean, by scikit-learn.
+
+    Raises:
+        ValueError: fewer than 2 classes, or points that are not finite (from scikit-learn).
+    """
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(x.detach().double().cpu().numpy(), labels.cpu().numpy()))
+
+# %% ../nbs/workshop/15_metrics.ipynb #b14d7ab5
+def fisher_directions(x: Tensor, labels: Tensor) -> Tensor:
+    """The K − 1 directions in which classes differ most, relative to the spread within them.
+
+    Args:
+        x: `(n, f)`; more points than columns and classes together.
+        labels: `(n,)`, K classes.
+
+    Returns:
+        `(f, K − 1)` in float64, best first; the covariance within classes of `x @ directions` is the identity.
+
+    Raises:
+        ValueError: other shapes, or so few points that they do not spread in every direction within classes.
+
+    References:
+        Fisher 1936.
+    """
+    if x.dim() != 2 or labels.shape != x.shape[:1] or len(labels.unique()) < 2:
+        raise ValueError(f"points {tuple(x.shape)}, labels {tuple(labels.shape)}; accepted: (n, f) and (n,), 2 classes "
+                         f"or more")
+    x, (classes, index) = x.detach().double().cpu(), labels.cpu().unique(return_inverse=True)
+    means = torch.stack([x[index == k].mean(0) for k in range(len(classes))])
+    rest, spread = x - means[index], means[index] - x.mean(0)
+    root, failed = torch.linalg.cholesky_ex(rest.T @ rest / (len(x) - len(classes)))
+    if failed or not bool((root.diagonal() > 1e-6 * root.diagonal().max()).all()):
+        raise ValueError(f"{len(x)} points in {x.shape[1]} dimensions do not spread in every direction within classes; "
+                         f"accepted: more points, or fewer columns")
+    turned = torch.linalg.solve_triangular(root, spread.T, upper=False)
+    vectors = torch.linalg.eigh(turned @ turned.T).eigenvectors.flip(1)[:, : len(classes) - 1]
+    return torch.linalg.solve_triangular(root.T, vectors, upper=True)
 
 # %% ../nbs/workshop/15_metrics.ipynb #98445075
 CHUNK = 200

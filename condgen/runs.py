@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['make_folder', 'write_atomically', 'DamagedFile', 'write_json', 'read_json', 'digest', 'write_tensors', 'read_tensors',
-           'describe', 'class_of', 'build', 'rebuild', 'put_tensors', 'versions', 'save', 'load', 'generations',
-           'save_state', 'load_state', 'read_log', 'Run']
+           'describe', 'class_of', 'build', 'rebuild', 'put_tensors', 'versions', 'save', 'shipped', 'load', 'ship',
+           'generations', 'save_state', 'load_state', 'read_log', 'Run']
 
-# %% ../nbs/workshop/13_runs.ipynb #d9547a02
+# %% ../nbs/workshop/13_runs.ipynb #468d65b2
 import hashlib
 import importlib
 import json
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contracts import Model, Schema, Stage
+from .contracts import Model, Schema, Stage, accepted
 
 # %% ../nbs/workshop/13_runs.ipynb #48662141
 def make_folder(path: Path) -> None:
@@ -162,7 +162,7 @@ def class_of(card: dict[str, Any], cls: type[Model] | None = None) -> type[Model
         raise ValueError(f"the card names {given!r}, which is not a model")
     return cls
 
-# %% ../nbs/workshop/13_runs.ipynb #d9bf644a
+# %% ../nbs/workshop/13_runs.ipynb #baad584c
 def build(model: Model, stages: list[Stage], count: int) -> None:
     """Let the first `count` stages shape the model, except those that have done so already."""
     for stage in stages[model.built : count]:
@@ -182,16 +182,15 @@ def rebuild(card: dict[str, Any], cls: type[Model] | None = None) -> Model:
         ValueError: an unknown class, or arguments that do not fit it.
     """
     cls = class_of(card, cls)
-    arguments = dict(card.get("arguments", {}))
-    if "conditions" in arguments:
-        arguments["conditions"] = Schema.from_json(arguments["conditions"])
     try:
-        model = cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"the card's arguments do not fit {cls.__name__}: {error}") from None
-    count = card.get("stage", -1) + 1
-    if count > 0:
-        build(model, model.stages(), count)
+        arguments = dict(card.get("arguments", {}))
+        if "conditions" in arguments:
+            arguments["conditions"] = Schema.from_json(arguments["conditions"])
+        model, count = cls(**arguments), card.get("stage", -1) + 1
+        if count > 0:
+            build(model, model.stages(), count)
+    except Exception as error:  # a card may hold anything
+        raise ValueError(f"the card's arguments do not fit {cls.__name__}: {error}") from error
     return model
 
 # %% ../nbs/workshop/13_runs.ipynb #5f1879e9
@@ -222,7 +221,7 @@ def put_tensors(model: Model, tensors: dict[str, Tensor], source: object) -> Non
             place.data = place.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
 
-# %% ../nbs/workshop/13_runs.ipynb #0524abf3
+# %% ../nbs/workshop/13_runs.ipynb #9db89a5c
 def versions() -> dict[str, str]:
     """Versions of what computes."""
     from condgen import __version__
@@ -251,11 +250,19 @@ def save(model: Model, out: str | Path, **card: Any) -> Path:
     return out
 
 
+def shipped() -> dict[str, Path]:
+    """Folders of the trained models that come with the package, by the name of their recipe."""
+    import condgen
+
+    root = Path(condgen.__file__).parent / "weights"
+    return {card.parent.name: card.parent for card in sorted(root.glob("*/card.json"))}
+
+
 def load(source: str | Path, cls: type[Model] | None = None, device: str | torch.device = "cpu") -> Model:
-    """Load a model from a run folder, ready to sample.
+    """Load a model, ready to sample.
 
     Args:
-        source: folder with `card.json` and `model.safetensors`.
+        source: run folder, with `card.json` and `model.safetensors`, or a name of `shipped()`.
         cls: the model's class, if it is not one of `condgen.models`.
         device: where to put it.
 
@@ -266,8 +273,10 @@ def load(source: str | Path, cls: type[Model] | None = None, device: str | torch
     """
     folder = Path(source)
     if not (folder / "card.json").is_file():
-        needed = "a run folder, with card.json and model.safetensors"
-        raise FileNotFoundError(f"no model in {str(folder)!r}; accepted: {needed}")
+        folder = shipped().get(str(source), folder)
+    if not (folder / "card.json").is_file():
+        raise FileNotFoundError(f"no model {str(source)!r}: no run folder with card.json, and none of that name in the "
+                                f"package; {accepted(['a run folder', *shipped()], source)}")
     card = read_json(folder / "card.json")
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no weights yet: its training was interrupted; the same fit or train "
@@ -275,9 +284,34 @@ def load(source: str | Path, cls: type[Model] | None = None, device: str | torch
     tensors, meta = read_tensors(folder / "model.safetensors")
     if meta.get("class") != card.get("class"):
         raise DamagedFile(f"{folder}: the card describes {card.get('class')}, the weights are of {meta.get('class')}")
+    if meta.get("rounded"):
+        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     model = rebuild(card, cls)
     put_tensors(model, tensors, folder / "model.safetensors")
     return model.to(device).eval()
+
+# %% ../nbs/workshop/13_runs.ipynb #2514ce63
+def ship(run: str | Path, out: str | Path, **card: Any) -> Path:
+    """Write a finished run for distribution: card and weights only, weights rounded to half precision.
+
+    Args:
+        run: run folder.
+        out: folder, made if it is not there; its name is what `load` will be asked for.
+        **card: further facts for the card, such as where the training data come from.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    source, out = Path(run), Path(out)
+    facts = read_json(source / "card.json")
+    if not facts.get("finished"):
+        raise ValueError(f"{source} is not finished; accepted: a run that is")
+    tensors, meta = read_tensors(source / "model.safetensors")
+    make_folder(out)
+    half = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
+    write_tensors(out / "model.safetensors", half, **meta, rounded=True)
+    write_json(out / "card.json", {**facts, **card})
+    return out
 
 # %% ../nbs/workshop/13_runs.ipynb #3f28c4c1
 def generations(root: Path) -> list[Path]:

@@ -79,7 +79,7 @@ def allow(model: nn.Module, player: Player) -> None:
     for p in model.parameters():
         p.requires_grad_(id(p) in own)
 
-# %% ../nbs/workshop/14_training.ipynb #1491322b
+# %% ../nbs/workshop/14_training.ipynb #809b8429
 def play(player: Player, batch: Batch, model: nn.Module, accelerator: Any, whole: int) -> dict[str, Tensor]:
     """One turn of one player.
 
@@ -96,10 +96,11 @@ def play(player: Player, batch: Batch, model: nn.Module, accelerator: Any, whole
     allow(model, player)
     with torch.set_grad_enabled(bool(player.params)), accelerator.autocast():
         terms = player.loss(batch)
+        total = sum(weight * value for weight, value in terms.values())
     values = {f"{player.name}.{name}": value.detach() for name, (_, value) in terms.items()}
     if player.params:
         player.optimizer.zero_grad(set_to_none=True)
-        sum(weight * value for weight, value in terms.values()).backward()
+        total.backward()
         if accelerator.num_processes > 1:
             all_reduce_gradients(player.params, batch.n / whole)
         norm = nn.utils.clip_grad_norm_(player.params, player.clip)
@@ -525,7 +526,7 @@ def settings_of(model: Model, data: Data, stages: list[Stage], seed: int, accele
             "training": {"seed": seed, "precision": str(accelerator.mixed_precision),
                          "processes": accelerator.num_processes, "stages": lengths}}
 
-# %% ../nbs/workshop/14_training.ipynb #f9361cb3
+# %% ../nbs/workshop/14_training.ipynb #16cbae69
 class Diary:
     """What a training writes while it runs: card, log and states. Only the main process writes.
 
@@ -566,8 +567,12 @@ class Diary:
         """One more row of the log."""
         self.log.append(row)
         if self.writes:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            path = self.folder / "log.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(f"cannot write {path}: {error.strerror}; the last saved state is unchanged") from error
 
     def keep(self, trainer: Trainer) -> None:
         """Save the trainer's state."""

@@ -1,9 +1,12 @@
 """The command line as a user meets it: verbs work; mistakes end with a message, exit code 2 and nothing written."""
 
+import io
 import subprocess
 import sys
+import zipfile
 
 import pytest
+from PIL import Image
 
 TINY = ["--tier", "tiny"]
 
@@ -24,6 +27,12 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("cli")
     condgen("train", "judge-digits", *TINY, cwd=where)
     condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=where)
+    picture = io.BytesIO()
+    Image.new("L", (16, 16)).save(picture, "PNG")
+    for name, member in (("dots.zip", "../a.png"), ("bare.zip", "a.png")):
+        with zipfile.ZipFile(where / name, "w") as archive:
+            archive.writestr(member, picture.getvalue())
+    (where / "file").touch()
     return where
 
 
@@ -35,8 +44,6 @@ def test_list_names_recipes_and_experiments(tmp_path):
 def test_a_stopped_run_says_so_and_can_be_sampled_and_evaluated(folder):
     assert "can be resumed" in condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=folder).stdout
     condgen("sample", "caglow-digits", "--digit", 7, "-n", 4, "-o", "out/sevens.png", "--temperature", 0.5, cwd=folder)
-    from PIL import Image
-
     assert min(Image.open(folder / "out" / "sevens.png").size) >= 100
     condgen("sample", "caglow-digits", "--digit", "1,2", "--u", "0.5,-1", "-n", 2, "-o", "two.png", cwd=folder)
     out = condgen("evaluate", "caglow-digits", "--judge", "judge-digits", cwd=folder).stdout
@@ -49,7 +56,7 @@ MISTAKES = [
     (["sample", "caglow-digits", "--digi", "3", "-o", "x.png"], "did you mean 'digit'"),
     (["sample", "caglow-digits", "--digit", "red", "-o", "x.png"], "accepted: a number"),
     (["sample", "caglow-digits", "--digit", "-o", "x.png"], ""),
-    (["sample", "caglow-digits", "-n", "0", "-o", "x.png"], "1 or more"),
+    (["sample", "caglow-digits", "-n", "0", "-o", "x.png"], "1 to 10000"),
     (["sample", "caglow-digits", "--temperature", "-1", "-o", "x.png"], "temperature"),
     (["sample", "caglow-digits", "-o", "x.gif2"], "x.gif2"),
     (["sample", "caglow-digts", "-o", "x.png"], "did you mean 'caglow-digits'"),
@@ -59,6 +66,20 @@ MISTAKES = [
     (["train", "glow-digits", "--tier", "tiny", "--precision", "fp7"], "bf16"),
     (["reproduce", "caglow/digts"], "did you mean 'caglow/digits'"),
     (["evaluate", "caglow-digits", "--judge", "nobody"], "no model 'nobody'"),
+    (["sample", "caglow-digits", "--colour", "red", "-o", "x.png"], "unknown condition 'colour'; accepted: digit, u"),
+    (["sample", "caglow-digits", "--digit", "1", "--digit", "2", "-o", "x.png"], "given twice"),
+    (["sample", "caglow-digits", "--self", "1", "-o", "x.png"], "unknown condition 'self'"),
+    (["sample", "caglow-digits", "--generator", "1", "-o", "x.png"], "unknown condition 'generator'"),
+    (["sample", "caglow-digits", "-n", "99999999999", "-o", "x.png"], "1 to 10000"),
+    (["sample", "caglow-digits", "--seed", "-1", "-o", "x.png"], "--seed"),
+    (["sample", "judge-digits", "-o", "x.png"], "is a Judge, which has no sample"),
+    (["sample", "nobody", "-o", "x.png"], "no run folder, and none of that name in runs/ or in the package"),
+    (["evaluate", "caglow-digits", "--judge", "caglow-digits"], "is a CAGlow, which has no logits"),
+    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "dots.zip"], "a name with .."),
+    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "bare.zip"], "labelled with []"),
+    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "celeba"], "there is no folder nowhere"),
+    (["train", "glow-digits", "--tier", "tiny", "--save-every", "often"], "90s"),
+    (["train", "glow-digits", "--tier", "tiny", "--out", "file/run"], "cannot make folder file/run"),
     (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "digitz"], "did you mean 'digits'"),
     (["data", "prepare", "celebb", "--from", "."], "did you mean 'celeba'"),
     (["data", "prepare", "celeba", "--from", "nowhere"], "nowhere"),
@@ -71,6 +92,7 @@ def called(arguments, monkeypatch, capsys, cwd):
     from condgen.__main__ import main
 
     monkeypatch.chdir(cwd)
+    monkeypatch.setenv("CONDGEN_DATA", "nowhere")
     monkeypatch.setattr(sys, "argv", ["condgen", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -101,3 +123,20 @@ def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path, mo
         code, said = called(["evaluate", "judge", "--judge", "judge"], monkeypatch, capsys, tmp_path)
         assert code == 2 and "model.safetensors" in said
     assert not (tmp_path / "owned").exists()
+
+
+def test_models_of_the_package_work_from_any_folder_and_are_not_written_to(tmp_path):
+    from condgen.runs import shipped
+
+    condgen("sample", "caglow-digits", "--digit", 7, "-n", 16, "-o", "sevens.png", cwd=tmp_path)
+    assert min(Image.open(tmp_path / "sevens.png").size) >= 250
+    assert "accuracy" in condgen("evaluate", "cglow-digits", "--judge", "judge-digits", cwd=tmp_path).stdout
+    assert not (shipped()["cglow-digits"] / "metrics.json").exists()
+
+
+def test_data_list_says_what_is_there(tmp_path, monkeypatch, capsys):
+    from condgen.__main__ import data_list
+
+    monkeypatch.setenv("CONDGEN_DATA", str(tmp_path))
+    data_list()
+    assert "digits" in capsys.readouterr().out

@@ -305,7 +305,7 @@ def test_row():
 def test_names_are_those_of_the_design():
     names = """bpd accuracy diversity_pixel diversity_feature frechet inception_score reconstruction_l1 dhash phash
     whash mae mse psnr ssim attribute_accuracy identity_accuracy amp_variance interference code_correlation
-    knn_two_sample
+    knn_two_sample centroid_distance
     silhouette age_error nrds seconds bytes images_per_second peak_memory_mb"""
     assert set(names.split()) <= set(mt.METRICS)
     assert {m.better for m in mt.METRICS.values()} == {"higher", "lower", ""}

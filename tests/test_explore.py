@@ -1,0 +1,390 @@
+"""Explorers: controls for any schema, noise held still, the call that makes the same images, and a real kernel."""
+
+import asyncio
+import io
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from condgen.contracts import Binary, Classes, Code, Condition, Model, Real, Schema
+from condgen.explore import LATEST, Explorer, Setting, between, explore, labels_of, range_of, sheet_png, step_of
+
+TOY = '''
+import torch
+from condgen.contracts import Binary, Classes, Code, Model, Real
+from condgen.explore import explore
+
+class Toy(Model):
+    """A picture whose every pixel depends on all conditions and on its noise."""
+
+    def sample(self, n, temperature=0.7, generator=None, **conditions):
+        c = self.condition(n, generator, **conditions)
+        self.eps = torch.randn(n, *self.shape, generator=generator)
+        w = torch.randn(c.shape[1], *self.shape, generator=torch.Generator().manual_seed(0))
+        return torch.sigmoid((c[:, :, None, None, None] * w).sum(1) + temperature * self.eps)
+'''
+PLACE: dict[str, Any] = {}
+exec(TOY, PLACE)
+Toy: type[Model] = PLACE["Toy"]  # the very model that the kernel runs
+
+FAST = settings(max_examples=25, deadline=None, derandomize=True)
+SHARES = st.floats(0, 1)
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> Schema:
+    """Any mix of conditions, also none."""
+    items: list[Condition] = []
+    for i, kind in enumerate(draw(st.lists(st.sampled_from([Classes, Binary, Real, Code]), max_size=5))):
+        name = f"a_{i}"
+        if kind is Classes:
+            items.append(Classes(name, draw(st.integers(1, 12))))
+        elif kind is Binary:
+            items.append(Binary(name))
+        elif kind is Real:
+            low = draw(st.floats(-100, 100))
+            items.append(Real(name, low, low + draw(st.floats(1, 1e6))))
+        else:
+            items.append(Code(name, draw(st.integers(1, 3)), draw(st.sampled_from(["uniform", "binary"]))))
+    return Schema(items)
+
+
+def settings_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
+    """Values that controls can show."""
+    one = {}
+    for item in schema:
+        low, high = range_of(item)
+        number = st.integers(low, high) if isinstance(item, Classes) else st.floats(low, high).map(lambda v: v + 0.0)
+        one[item.name] = st.lists(number, min_size=item.n, max_size=item.n) if isinstance(item, Code) else number
+    return st.fixed_dictionaries(one)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(code: str, model: Model) -> torch.Tensor:
+    """What a call copied from an explorer returns."""
+    return eval(code, {"model": model, "torch": torch})
+
+
+@FAST
+@given(st.data())
+def test_controls(data: st.DataObject) -> None:
+    """One labelled control for each number, over its whole range in a hundred steps or more, followed while dragged."""
+    schema = data.draw(schemas())
+    for setting in (Setting(schema), Setting(schema, top=True)):
+        assert list(setting.controls) == schema.names
+        for item in schema:
+            controls, (low, high) = setting.controls[item.name], range_of(item)
+            assert len(controls) == (item.n if isinstance(item, Code) else 1)
+            assert [c.description for c in controls] == labels_of(item)
+            for control in controls:
+                if isinstance(control, widgets.Dropdown):
+                    assert (control.options, low, high) == ((0,), 0, 0)
+                    continue
+                assert (control.min, control.max, control.continuous_update) == (low, high, True)
+                assert isinstance(item, Classes) or 100 <= round((high - low) / control.step, 6) <= 250.001
+        schema.pack(1, **setting.values)
+    assert all(Setting(schema, top=True).values[c.name] == c.high for c in schema if isinstance(c, Real))
+
+
+@FAST
+@given(st.data())
+def test_values_and_controls_agree(data: st.DataObject) -> None:
+    schema = data.draw(schemas())
+    values, setting = data.draw(settings_of(schema)), Setting(schema)
+    setting.values = values
+    assert setting.values == values
+    shown = [c.value for c in setting]
+    in_order = [values[name] for name in schema.names]
+    flat = [v for value in in_order for v in (value if isinstance(value, list) else [value])]
+    assert shown == flat
+    if values:
+        name = data.draw(st.sampled_from(sorted(values)))
+        other = data.draw(settings_of(schema))
+        setting.values = {name: other[name]}
+        assert setting.values == {**values, name: other[name]}
+
+
+@FAST
+@given(st.data())
+def test_the_call_makes_the_images_that_are_shown(data: st.DataObject) -> None:
+    schema = data.draw(schemas())
+    shape = data.draw(st.sampled_from([(1, 4, 4), (3, 2, 5)]))
+    start = data.draw(settings_of(schema))
+    model = Toy(shape, schema)
+    made = explore(model, data.draw(st.integers(1, 7)), **start)
+    assert torch.equal(made.images, model.sample(made.n, 0.7, seeded(0), **start))
+    made.b.values = data.draw(settings_of(schema))
+    made.way.value, made.temperature.value = data.draw(SHARES), data.draw(st.floats(0, 1.5))
+    made.seed.value = data.draw(st.integers(0, 2**31 - 1))
+    assert made.error is None
+    assert torch.equal(run(made.code, model), made.images)
+    assert torch.equal(model.sample(made.n, **made.values), made.images)
+    assert made.image.value == sheet_png(made.images)
+
+
+@FAST
+@given(st.data())
+def test_between_is_a_straight_line_of_packed_conditions(data: st.DataObject) -> None:
+    schema = data.draw(schemas())
+    a, b = data.draw(settings_of(schema)), data.draw(settings_of(schema))
+    assert between(schema, a, b, 0) == a and between(schema, a, b, 1) == b
+    ends = [schema.pack(1, **v)[0] for v in (a, b)]
+    for k, row in enumerate(schema.interpolate(*ends, 9)):
+        packed = schema.pack(1, **between(schema, a, b, k / 8))[0]
+        assert torch.allclose(packed, row, atol=5e-5)
+    t = data.draw(SHARES)
+    for item in schema:
+        value = between(schema, a, b, t)[item.name]
+        if isinstance(item, Classes) and a[item.name] != b[item.name] and 0 < t < 1:
+            assert min(value) >= 0 and abs(sum(value) - 1) < 1e-5
+        elif isinstance(item, Classes):
+            assert isinstance(value, int)
+
+
+@FAST
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_steps_are_round(low: float, span: float) -> None:
+    high = low + span
+    if high > low:
+        step = step_of(low, high)
+        lead = step / 10.0 ** math.floor(math.log10(step) + 1e-9)
+        assert min(abs(lead - m) for m in (1, 2, 5)) < 1e-6
+        assert step <= (high - low) / 100 * (1 + 1e-6) < 2.5001 * step
+
+
+@pytest.fixture
+def toy() -> Explorer:
+    """Two grey images with three kinds of conditions."""
+    return explore(Toy((1, 3, 3), [Classes("kind", 3), Real("age", 0, 80), Code("u", 2)]), 2)
+
+
+def test_ends_of_the_way_are_a_and_b(toy: Explorer) -> None:
+    toy.a.values, toy.b.values = {"kind": 1, "age": 10.0}, {"kind": 2, "age": 70.5, "u": [1.0, -1.0]}
+    for end, setting in ((0, toy.a), (1, toy.b)):
+        toy.way.value = end
+        assert torch.equal(toy.images, toy.model.sample(2, generator=seeded(0), **setting.values))
+    toy.way.value = 0.5
+    assert toy.conditions == {"kind": [0.0, 0.5, 0.5], "age": 40.25, "u": [0.5, -0.5]}
+
+
+def test_noise_is_held_while_anything_else_moves(toy: Explorer) -> None:
+    first = toy.model.eps
+    for move in ({"kind": 2}, {"age": 3.0}, {"u": [1.0, 0.5]}):
+        before = toy.images
+        toy.a.values = move
+        assert torch.equal(toy.model.eps, first) and not torch.equal(toy.images, before)
+    toy.way.value = 0.3
+    assert torch.equal(toy.model.eps, first)
+    before = toy.images
+    toy.temperature.value = 0.2
+    assert torch.equal(toy.model.eps, first) and not torch.equal(toy.images, before)
+    toy.seed.value = 1
+    assert not torch.equal(toy.model.eps, first)
+
+
+def test_a_move_that_would_leave_no_trace_walks_to_its_end(toy: Explorer) -> None:
+    toy.b.controls["age"][0].value = 20.0
+    assert toy.way.value == 1 and toy.conditions == toy.b.values
+    toy.a.controls["kind"][0].value = 2
+    assert toy.way.value == 0 and toy.conditions == toy.a.values
+    toy.way.value = 0.5
+    toy.a.controls["kind"][0].value = 0
+    toy.b.controls["kind"][0].value = 1
+    assert toy.way.value == 0.5
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (1, 16, 16)), (6, (3, 8, 8)), (16, (1, 28, 28)), (3, (3, 200, 100))])
+def test_a_sheet_is_the_images_enlarged(n: int, shape: tuple[int, int, int]) -> None:
+    x = torch.rand(n, *shape, generator=seeded(0))
+    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(sheet_png(x)))))
+    (_, h, w), columns = shape, -(-n // max(1, int(n**0.5)))
+    zoom = max(1, 360 // (columns * w))
+    assert picture.shape[1] == zoom * (columns * w + columns - 1)
+    for i, image in enumerate(x):
+        top, left = zoom * (i // columns) * (h + 1), zoom * (i % columns) * (w + 1)
+        part = picture[top : top + zoom * h, left : left + zoom * w].permute(2, 0, 1)
+        wanted = (image * 255).round().byte().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        assert torch.equal(part, wanted.expand(3, -1, -1))
+
+
+def test_words(toy: Explorer) -> None:
+    toy.a.values = {"kind": 2, "u": [0.5, -1.0]}
+    assert toy.caption == "2 images of Toy: kind 2; age 40; u 0.5, −1; temperature 0.7; noise 0"
+    assert toy.caption in toy.text.value and repr(toy).endswith(toy.caption)
+    toy.a.values, toy.b.values, toy.way.value = {"kind": 0}, {"kind": 1}, 0.25
+    assert "kind 0 (75 %) and 1 (25 %)" in toy.caption
+    plain = explore(Toy((3, 2, 2), []), 1)
+    assert plain.caption == "1 image of Toy: temperature 0.7; noise 0"
+    assert plain.code == "model.sample(1, temperature=0.7, generator=torch.Generator().manual_seed(0))"
+
+
+class Shy(Model):
+    """Fails for its second class, and returns what no image can be for its third."""
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None, **c: Any):
+        if c["kind"] == 1:
+            raise RuntimeError("not <this> one")
+        return torch.full((n, *self.shape), math.nan if c["kind"] == 2 else 0.5)
+
+
+def test_errors_are_shown() -> None:
+    shy = explore(Shy((1, 2, 2), Classes("kind", 3)), 2)
+    assert (shy.error, shy.alert.value, shy.picture.layout.visibility) == (None, "", "visible")
+    for kind, words in ((1, "not &lt;this&gt; one"), (2, "accepted: finite values in [0, 1]")):
+        shy.a.values = {"kind": kind}
+        assert words in shy.alert.value and 'role="alert"' in shy.alert.value and "Traceback" in shy.alert.value
+        assert "<this>" not in shy.alert.value
+        assert shy.picture.layout.visibility == "hidden" and f"kind={kind}" in shy.text.value
+        with pytest.raises(type(shy.error)):
+            shy.images.sum()
+    shy.a.values = {"kind": 0}
+    assert (shy.error, shy.alert.value, shy.picture.layout.visibility) == (None, "", "visible")
+    assert bool((shy.images == 0.5).all())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"n": 0}, "n=0 images; accepted: an integer, 1 or more"),
+        ({"n": 2.5}, "n=2.5 images; accepted: an integer, 1 or more"),
+        ({"knd": 1}, "unknown condition 'knd'; accepted: kind, age, u; did you mean 'kind'?"),
+        ({"kind": 3}, "kind=3; accepted: an integer from 0 to 2"),
+        ({"kind": [0.5, 0.5, 0.0]}, "accepted: an integer from 0 to 2"),
+        ({"kind": 1.0}, "kind=1.0; accepted: an integer from 0 to 2"),
+        ({"age": -1}, "age=-1; accepted: a number from 0 to 80"),
+        ({"age": math.nan}, "age=nan; accepted: a number from 0 to 80"),
+        ({"age": "old"}, "age=old; accepted: a number from 0 to 80"),
+        ({"u": 0.5}, "u=0.5; accepted: 2 numbers from -1 to 1"),
+        ({"u": [[0.0, 0.0]]}, "accepted: 2 numbers from -1 to 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any], words: str) -> None:
+    model = Toy((1, 2, 2), [Classes("kind", 3), Real("age", 0, 80), Code("u", 2)])
+    with pytest.raises(ValueError) as caught:
+        explore(model, **wrong)
+    assert words in str(caught.value)
+
+
+def test_wrong_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="Linear cannot be explored; accepted: a model with"):
+        explore(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="images of 2 channels; accepted: 1 or 3"):
+        explore(Toy((2, 2, 2), []))
+
+
+def test_a_refused_setting_changes_nothing(toy: Explorer) -> None:
+    before = toy.a.values
+    with pytest.raises(ValueError, match="age=81"):
+        toy.a.values = {"kind": 2, "age": 81}
+    assert toy.a.values == before
+
+
+def test_many_moves_are_one_picture(toy: Explorer) -> None:
+    pictures: list[torch.Tensor] = []
+    sample = toy.model.sample
+
+    def counted(n: int, **values: Any) -> torch.Tensor:
+        pictures.append(sample(n, **values))
+        return pictures[-1]
+
+    toy.model.sample = counted
+
+    async def drag() -> None:
+        for i in range(1, 100):
+            toy.way.value = i / 100
+        assert not pictures
+        await asyncio.sleep(4 * LATEST)
+        assert len(pictures) == 1
+        toy.way.value = 0.5
+        at_once = toy.images
+        assert len(pictures) == 2 and at_once is pictures[1]
+        await asyncio.sleep(4 * LATEST)
+        assert len(pictures) == 2
+
+    asyncio.run(drag())
+    toy.way.value = 0.75
+    assert len(pictures) == 3 and torch.equal(pictures[2], run(toy.code, toy.model))
+
+
+# ---- a real kernel
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """A client of a running kernel."""
+    start = pytest.importorskip("jupyter_client.manager").start_new_kernel
+    manager, client = start(kernel_name="python3", extra_arguments=["--log-level=ERROR"])
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def answer(client: Any, source: str) -> str:
+    """Runs a cell and returns what it prints."""
+    printed: list[str] = []
+
+    def hook(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream":
+            printed.append(message["content"]["text"])
+        assert message["msg_type"] != "error", message["content"].get("traceback")
+
+    client.execute_interactive(source, output_hook=hook, timeout=60)
+    return "".join(printed)
+
+
+def move(client: Any, comm: str, value: float) -> None:
+    """Moves a slider as a page does."""
+    data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
+    client.shell_channel.send(client.session.msg("comm_msg", {"comm_id": comm, "data": data}))
+
+
+def pictures(client: Any, comm: str, until: bytes) -> list[bytes]:
+    """What the picture becomes, up to the one that is waited for."""
+    seen: list[bytes] = []
+    end = time.monotonic() + 60
+    while until not in seen and time.monotonic() < end:
+        message = client.get_iopub_msg(timeout=60)
+        content = message["content"]
+        if message["msg_type"] == "comm_msg" and content["comm_id"] == comm:
+            if ["value"] in content["data"].get("buffer_paths", []):
+                seen.append(bytes(message["buffers"][0]))
+    return seen
+
+
+def test_a_kernel_follows_a_slider(kernel: Any) -> None:
+    """A cell shows an explorer; then the messages of a page move its sliders, and pictures come back."""
+    model = Toy((1, 4, 4), [Classes("kind", 3), Code("u", 1)])
+
+    def wanted(**values: Any) -> bytes:
+        return sheet_png(model.sample(4, generator=seeded(0), **values))
+
+    made = "explorer = explore(Toy((1, 4, 4), [Classes('kind', 3), Code('u', 1)]), 4)\nexplorer"
+    answer(kernel, f"{TOY}\n{made}")
+    ids = "import json; e = explorer; print(json.dumps([w.comm.comm_id for w in (e.picture, *e.a, e.way)]))"
+    picture, kind, u, _ = json.loads(answer(kernel, ids))
+
+    move(kernel, kind, 2)
+    assert pictures(kernel, picture, wanted(kind=2, u=0.0)) == [wanted(kind=2, u=0.0)]
+    move(kernel, kind, 0)
+    assert pictures(kernel, picture, wanted(kind=0, u=0.0)) == [wanted(kind=0, u=0.0)]
+
+    answer(kernel, "model = explorer.model; draw = model.sample; import time\n"
+                   "model.sample = lambda n, **k: (time.sleep(0.2), draw(n, **k))[1]")
+    for i in range(1, 51):
+        move(kernel, u, i / 50)
+    seen = pictures(kernel, picture, wanted(kind=0, u=1.0))
+    assert seen[-1] == wanted(kind=0, u=1.0) and len(seen) <= 15
+    assert answer(kernel, "print(explorer.a.values)").strip() == "{'kind': 0, 'u': [1.0]}"

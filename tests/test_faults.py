@@ -1,0 +1,232 @@
+"""Accidents and bad input: killed, torn, full disks, foreign files; cards and conditions fuzzed."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from condgen.__main__ import main, values
+from condgen.contracts import Binary, Classes, Code, Real, Schema
+from condgen.models.glow import Glow
+from condgen.recipes import RECIPES, more_digits, train
+from condgen.runs import generations, load, read_tensors, save
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+TRAIN = ["train", "glow-digits", "--tier", "tiny", "--out", "run"]
+SAVING = [*TRAIN, "--save-every", "0s"]
+
+
+def child(folder, *arguments, limit=None, says=os.devnull):
+    """`condgen ARGUMENTS` in a process of its own, from `folder`; returns its number."""
+    more_digits()  # read once, by the parent
+    number = os.fork()
+    if number:
+        return number
+    code = 1
+    with contextlib.suppress(BaseException):
+        os.chdir(folder)
+        out = says if isinstance(says, int) else os.open(says, os.O_WRONLY)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), ["condgen", *map(str, arguments)]
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def condgen(folder, *arguments, limit=None):
+    """Exit code and what was said."""
+    reads, writes = os.pipe()
+    number = child(folder, *arguments, limit=limit, says=writes)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Fifty rounds, each followed by a saved state; what they import is imported before the processes part."""
+    images = RECIPES["glow-digits"].images["tiny"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(images, "flow", 50 * 64)
+        train("glow-digits", None, "tiny", images=64, progress=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The weights of an uninterrupted training."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert condgen(folder, *TRAIN)[0] == 0
+    return read_tensors(folder / "run" / "model.safetensors")[0]
+
+
+def check(folder, whole):
+    found = read_tensors(folder / "run" / "model.safetensors")[0]
+    assert found.keys() == whole.keys() and all(torch.equal(found[k], t) for k, t in whole.items())
+
+
+@forks
+def test_killed_twenty_times(whole, tmp_path):
+    """Signal 9 at twenty random moments, half of them in the middle of writing a state; then the same command."""
+    dice, writing, state = random.Random(0), 0, tmp_path / "run" / "state"
+    newest = lambda: int((generations(state) or [Path("0")])[0].name)
+    for k in range(20):
+        number, target = child(tmp_path, *SAVING), newest() + 64 * dice.choice([0, 1, 2])
+        while newest() < target:
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.2))
+        while k % 2 and not (state / ".part").exists():
+            time.sleep(0.0002)
+        os.kill(number, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL, "it was over before"
+        writing += (state / ".part").exists()
+    assert writing >= 5
+    assert condgen(tmp_path, *TRAIN)[0] == 0
+    check(tmp_path, whole)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+DAMAGE = {
+    "torn": lambda raw: raw[: len(raw) // 2],
+    "altered": lambda raw: raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:],
+    "empty": lambda raw: b"",
+    "a pickle": lambda raw: pickle.dumps(Bomb()),
+}
+
+
+@forks
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path, damage):
+    for _ in range(3):
+        condgen(tmp_path, *TRAIN, "--budget", "0s")
+    newest, _ = generations(tmp_path / "run" / "state")
+    path = newest / "tensors.safetensors"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    code, said = condgen(tmp_path, *TRAIN)
+    assert code == 0 and str(path.relative_to(tmp_path)) in said and "falling back" in said
+    assert not (tmp_path / "boom").exists()
+    check(tmp_path, whole)
+
+
+@forks
+@pytest.mark.parametrize("limit", [200, 100_000])
+def test_a_disk_that_is_full_stops_the_training_and_loses_nothing(whole, tmp_path, limit):
+    """No file may grow beyond `limit` bytes: neither card nor state fits, or the card alone does."""
+    condgen(tmp_path, *TRAIN, "--budget", "0s")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    code, said = condgen(tmp_path, *SAVING, limit=limit)
+    assert code == 2 and "condgen: cannot write" in said and "File too large" in said and "Traceback" not in said
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")} == before
+    assert condgen(tmp_path, *TRAIN)[0] == 0
+    check(tmp_path, whole)
+
+
+@forks
+def test_a_full_disk_at_the_first_write_leaves_nothing_behind(tmp_path):
+    code, said = condgen(tmp_path, *TRAIN, limit=1)
+    assert code == 2 and "condgen: cannot write run/card.json" in said
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
+
+
+@cache
+def flow():
+    torch.manual_seed(0)
+    return Glow((1, 4, 4), levels=1, depth=1, width=4)
+
+
+LEAVES = (st.none() | st.booleans() | st.integers(-9, 40) | st.floats(-9, 40) | st.text(max_size=6)
+          | st.sampled_from(["condgen.models.cglow.CGlow", "os.system", "additive"]))  # fmt: skip
+JSON = st.recursive(LEAVES, lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(max_size=6), c, max_size=4),
+                    max_leaves=6)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_card_is_loaded_or_refused(tmp_path_factory, data):
+    """Parts of a card replaced by anything: a model as it was, or a ValueError or OSError; never another error."""
+    folder = tmp_path_factory.mktemp("card")
+    save(flow(), folder)
+    card = json.loads((folder / "card.json").read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        part = card
+        while True:
+            key = data.draw(st.sampled_from(sorted(part)) if part else st.text(max_size=6))
+            if isinstance(part.get(key), dict) and data.draw(st.booleans()):
+                part = part[key]
+                continue
+            if data.draw(st.booleans()):
+                part[key] = data.draw(JSON)
+            else:
+                part.pop(key, None)
+            break
+    (folder / "card.json").write_text(json.dumps(card))
+    try:
+        found = load(folder).state_dict()
+    except (ValueError, OSError) as error:
+        assert str(error)
+    else:
+        assert all(torch.equal(found[k], t) for k, t in flow().state_dict().items())
+    finally:
+        shutil.rmtree(folder)
+
+
+SCHEMA = Schema([Classes("digit", 10), Binary("thick"), Real("slant", -1, 1), Code("u", 2)])
+WORDS = st.sampled_from(["--digit", "--thick", "--slant", "--u", "--u=0,1", "--digit=3", "--colour", "--self", "-n",
+                         "--", "7", "12", "-1", "0.5,-1", "nan", "1e999", "0.5", ",", "", "1,,2",
+                         "٣", "0x7"])  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(WORDS | st.text(max_size=5), max_size=6), st.integers(1, 3))
+def test_any_words_are_conditions_or_refused(words, n):
+    """Whatever is typed after `condgen sample`: packed numbers in range, or a ValueError that says what is accepted."""
+    model = Glow((1, 4, 4), levels=1, depth=1, width=4)
+    model.conditions = SCHEMA
+    model.register_buffer("rows", torch.zeros(0, SCHEMA.supervised.width))
+    try:
+        c = model.condition(n, **values(words, SCHEMA))
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert c.shape == (n, SCHEMA.width) and bool(((c >= -1) & (c <= 1)).all())
+
+
+ANYTHING = JSON | st.lists(st.floats() | st.integers(), max_size=12) | st.binary(max_size=3) | st.complex_numbers()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(SCHEMA.names), ANYTHING, st.integers(1, 3))
+def test_any_value_is_packed_or_refused(name, value, n):
+    item = SCHEMA[SCHEMA.names.index(name)]
+    try:
+        c = item.pack(value, n)
+    except ValueError as error:
+        assert "accepted" in str(error)
+    else:
+        assert c.shape == (n, item.width) and bool(((c >= -1) & (c <= 1)).all())

@@ -1,0 +1,269 @@
+"""Laws of GAN and ACGAN: the objective on finite sums, who moves what, every kind of condition, refusals, reload."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from condgen.contracts import Batch, Binary, Classes, Code, Noise, Real, Schema
+from condgen.divergences import js, kl_pair_as_js
+from condgen.games import GAMES, optimal_classifier
+from condgen.models.vaegan import ACGAN, GAN, LOUD
+from condgen.runs import load, save
+from condgen.training import allow, fit
+
+SMALL = {"noise": 6, "width": 4}
+BAR = Classes("bar", 3)
+MANY = Schema([BAR, Binary("bold"), Real("light", 0, 10), Code("u", 2), Code("b", 1, "binary")])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Bars:
+    """A bright bar at one of three places, bold or not, on a ground of varying light."""
+
+    name, sha256 = "bars", "0"
+
+    def __init__(self, conditions=(BAR,)):
+        self.conditions = Schema(conditions)
+
+    def table(self, split):
+        n, g = {"train": 300, "val": 60, "test": 120}[split], seeded(len(split))
+        values = {"bar": torch.arange(n) % 3, "bold": torch.rand(n, generator=g) < 0.5}
+        values["light"] = 10 * torch.rand(n, generator=g)
+        x = 20 * torch.rand(n, 1, 8, 8, generator=g) + 4 * values["light"].view(-1, 1, 1, 1)
+        for i in range(n):
+            left = int(values["bar"][i]) * 3
+            x[i, 0, :, left : left + (2 if values["bold"][i] else 1)] += 150
+        asked = {name: values[name] for name in self.conditions.names}
+        return {"x": x.round().to(torch.uint8), "c": self.conditions.pack(n, **asked)}
+
+
+def build(conditions=(BAR,), cls=ACGAN, **options):
+    torch.manual_seed(0)
+    return cls((1, 8, 8), conditions, **{**SMALL, **options}) if cls is ACGAN else cls((1, 8, 8), **SMALL, **options)
+
+
+def a_batch(model, n=32):
+    bars = Bars(model.conditions.supervised or (BAR,))
+    return Batch({name: t[:n] for name, t in bars.table("train").items()}, Noise(("test",), slice(None), n))
+
+
+def places(x):
+    """Where each image's bar is, by its brightest third."""
+    return torch.stack([x[..., left : left + 1].mean((1, 2, 3)) for left in (0, 3, 6)], 1).argmax(1)
+
+
+@cache
+def learned(kind="uniform"):
+    """An ACGAN that has learned bars and a code, and its log."""
+    model = build((BAR, Code("u", 1, kind)), width=8, weights={"De": 2.0})
+    return model, fit(model, Bars(), images=8_000, progress=False).log
+
+
+# The objective
+
+
+def by_hand(model, batch):
+    """The terms of both players from the definitions, for one `Classes` condition and the non-saturating game."""
+    n, width, soft = batch.n, model.conditions.width, torch.nn.functional.softplus
+    z, x = batch.randn("z", model.noise), batch.x
+    fake = torch.sigmoid(model.generator(torch.cat([z, LOUD * batch.c], 1)))
+    h, g = model.trunk(x), model.trunk(fake)
+    real, made = model.real(h)[:, 0], model.real(g)[:, 0]
+    guess = [torch.log_softmax(model.reader(f), 1)[torch.arange(n), batch.c.argmax(1)] for f in (h, g)]
+    assert width == 3
+    return {"D": soft(-real).mean() + soft(made).mean(), "C_bar": -guess[0].mean(), "C_bar_fake": -guess[1].mean(),
+            "G": soft(-made).mean(), "generator's C_bar": -guess[1].mean()}
+
+
+def test_terms_are_those_of_the_equations():
+    model = build(weights={"C": 0.3, "G": 2.0}).eval()
+    batch = a_batch(model)
+    hand, first, second = by_hand(model, batch), model.discriminator_loss(batch), model.generator_loss(batch)
+    assert set(first) == {"D", "C_bar", "C_bar_fake"} and set(second) == {"G", "C_bar"}
+    for name, (weight, value) in first.items():
+        assert weight == 1 and torch.isclose(value, hand[name], atol=1e-6)
+    assert second["G"][0] == 2.0 and torch.isclose(second["G"][1], hand["G"], atol=1e-6)
+    assert second["C_bar"][0] == 0.3 and torch.isclose(second["C_bar"][1], hand["generator's C_bar"], atol=1e-6)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_each_game_takes_its_place(game):
+    model = build(game=game).eval()
+    batch = a_batch(model)
+    with torch.no_grad():
+        (real, _), (fake, _) = model.judge(batch.x), model.judge(model.imagine(batch)[0])
+        assert torch.isclose(model.discriminator_loss(batch)["D"][1], GAMES[game].critic(real, fake), atol=1e-6)
+        assert torch.isclose(model.generator_loss(batch)["G"][1], GAMES[game].generator(fake), atol=1e-6)
+
+
+def test_sorted_pairs_cost_less_than_true_ones():
+    """Same images, same shares of the classes, each image under its likelier class: ACGAN prefers it, for any λ."""
+    p = torch.tensor([[5.0, 0.0], [3.0, 2.0], [2.0, 3.0], [0.0, 5.0]]).double() / 20
+    tidy = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0], [0.0, 5.0]]).double() / 20
+    assert torch.equal(p.sum(1), tidy.sum(1)) and torch.equal(p.sum(0), tidy.sum(0))
+    assert js(p.sum(1), tidy.sum(1)) == 0
+    price = [-(q * optimal_classifier(p, q).clamp(min=1e-300).log()).sum().item() for q in (p, tidy)]
+    assert price[1] < 0.7 * price[0]
+
+
+def test_literal_js_is_twice_the_corrected_one():
+    """Law 11: the judge's best loss is 2 log 2 − 2 JS with the corrected value only."""
+    p, q = (torch.tensor(values, dtype=torch.float64) for values in ([0.5, 0.3, 0.2], [0.2, 0.2, 0.6]))
+    logit = (p / q).log()
+    soft = torch.nn.functional.softplus
+    loss = ((p * soft(-logit)).sum() + (q * soft(logit)).sum()).item()
+    reached = {form: 2 * math.log(2) - 2 * kl_pair_as_js(p, q, form).item() for form in ("literal", "corrected")}
+    assert math.isclose(reached["corrected"], loss, abs_tol=1e-12) and loss - reached["literal"] > 0.05
+
+
+# Players
+
+
+@pytest.mark.parametrize("conditions", [[BAR], [Code("u", 2)], list(MANY)], ids=["classes", "codes", "many"])
+def test_law_4_each_term_moves_exactly_its_parameters(conditions):
+    model = build(conditions)
+    batch, stage = a_batch(model), model.stages()[0]
+    players = model.players(stage)
+    assert [player.name for player in players] == ["discriminator", "generator"] and not players[1].fresh
+    own = {id(p) for player in players for p in player.params}
+    assert own == {id(p) for p in model.parameters()} and sum(len(p.params) for p in players) == len(own)
+    heads = {True: model.real, False: model.reader}
+    for player in players:
+        allow(model, player)
+        for term, (_, value) in player.loss(batch).items():
+            model.zero_grad(set_to_none=True)
+            value.backward(retain_graph=True)
+            found = {id(p) for p in model.parameters() if p.grad is not None and p.grad.any()}
+            if player.name == "generator":
+                assert found == {id(p) for p in model.generator.parameters()} - silent(model), (player.name, term)
+            else:
+                expected = [*model.trunk.parameters(), *heads[term == "D"].parameters()]
+                assert found == {id(p) for p in expected}, (player.name, term)
+
+
+def silent(model):
+    """Biases in front of a batch normalisation, which takes them out again: no gradient but rounding."""
+    modules = list(model.generator)
+    return {id(p) for p in model.generator.parameters() if p.grad is None or not p.grad.any()} & {
+        id(a.bias) for a, b in zip(modules, modules[1:]) if "BatchNorm" in type(b).__name__}
+
+
+def test_a_frozen_player_does_not_move():
+    model = build()
+    stage = model.stages()[0]
+    generator = model.players(stage)[1]
+    allow(model, generator)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sum(w * v for w, v in generator.loss(a_batch(model)).values()).backward()
+    generator.optimizer.step()
+    for name, p in model.named_parameters():
+        assert name.startswith("generator.") or torch.equal(p, before[name])
+
+
+def test_a_gan_has_no_conditions():
+    model = build(cls=GAN)
+    log = fit(model, Bars(), images=320, progress=False).log
+    assert {k for k in log[-1] if "." in k and "norm" not in k} == {"discriminator.D", "generator.G"}
+    assert model.sample(3).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="unknown condition 'bar'"):
+        model.sample(2, bar=1)
+
+
+# Conditions
+
+
+@pytest.mark.parametrize("conditions", [
+    [BAR], [Binary("bold")], [Real("light", 0, 10)], [Code("u", 2)], [Code("b", 2, "binary")], list(MANY),
+], ids=["classes", "binary", "real", "codes", "binary codes", "many"])  # fmt: skip
+def test_every_kind_of_condition_trains_and_samples(conditions):
+    model = build(conditions)
+    log = fit(model, Bars(model.conditions.supervised or (BAR,)), images=640, progress=False).log
+    terms = {k.split(".")[1] for k in log[-1] if k.startswith("generator.")}
+    expected = {("C_" if item.supervised else "De_") + item.name for item in model.conditions}
+    assert terms == expected | {"G", "norm"} and all(math.isfinite(v) for k, v in log[-1].items() if "." in k)
+    x = model.sample(4, generator=seeded())
+    assert x.shape == (4, 1, 8, 8) and 0 <= x.min() and x.max() <= 1 and not x.requires_grad
+
+
+def test_law_7_conditions_act_and_noise_does_too():
+    model, log = learned()
+    for k in range(3):
+        x = model.sample(100, generator=seeded(2), bar=k, u=0.0)
+        assert (places(x) == k).float().mean() > 0.9
+    assert log[-1]["generator.C_bar"] < 0.5 * log[0]["generator.C_bar"]
+    assert model.sample(100, generator=seeded(2), bar=0, u=0.0).std(0).mean() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["uniform", "binary"])
+def test_codes_are_learned_and_can_be_read(kind):
+    model, _ = learned(kind)
+    u = model.conditions.codes.draw(300, lambda name, k: torch.rand(300, k, generator=seeded(1)))
+    with torch.no_grad():
+        answers = model.judge(model.sample(300, generator=seeded(2), u=u, bar=torch.arange(300) % 3))[1]
+    assert torch.corrcoef(torch.stack([u[:, 0], answers[:, -1]]))[0, 1] > 0.7
+
+
+def test_forms_of_a_condition():
+    model = learned()[0]
+    draw = lambda **values: model.sample(4, generator=seeded(5), u=0.0, **values)  # noqa: E731
+    scalar = draw(bar=2)
+    assert torch.equal(scalar, draw(bar=[2] * 4)) and torch.equal(scalar, draw(bar=[0.0, 0.0, 1.0]))
+    assert not torch.equal(scalar, draw(bar=1))
+    rows = model.condition(3000, seeded())[:, :3]
+    assert (rows.mean(0) - 1 / 3).abs().max() < 0.05  # from training rows
+
+
+def test_temperature_and_generator():
+    model = learned()[0]
+    assert torch.equal(model.sample(5, generator=seeded(6)), model.sample(5, generator=seeded(6)))
+    cold = model.sample(5, temperature=0.0, bar=1, u=0.3)
+    assert torch.equal(cold, cold[:1].expand_as(cold))
+    warm = [model.sample(200, temperature=t, generator=seeded(1), bar=1, u=0.3).std(0).mean() for t in (0.5, 1.0)]
+    assert warm[0] < warm[1]
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode", "reconstruct", "log_prob", "edit", "interpolate"])
+def test_missing_verbs_are_absent(verb):
+    assert not hasattr(build(), verb)
+
+
+# Refusals, saving, resuming
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"game": "hing"}, "game='hing'; accepted: .*hinge.*; did you mean 'hinge'"),
+    ({"weights": {"Dee": 1.0}}, "weight of loss 'Dee'; accepted: G, C, De; did you mean 'De'"),
+    ({"conditions": []}, "ACGAN without conditions; accepted: one or more conditions or codes"),
+    ({"shape": (1, 28, 28)}, "28×28 pixels; accepted: squares with sides 8, 16"),
+])  # fmt: skip
+def test_what_is_not_accepted(options, message):
+    with pytest.raises(ValueError, match=message):
+        ACGAN(**{"shape": (1, 8, 8), "conditions": [BAR], **SMALL, **options})
+    with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar; did you mean 'bar'"):
+        build().sample(2, bars=1)
+
+
+def test_law_5_interrupted_is_uninterrupted(tmp_path):
+    whole, parts = build(list(MANY)), build(list(MANY))
+    data = Bars(MANY.supervised)
+    fit(whole, data, tmp_path / "a", images=320, progress=False)
+    stops = 0
+    while not fit(parts, data, tmp_path / "b", images=320, budget=0, progress=False).finished:
+        parts, stops = build(list(MANY)), stops + 1
+    a, b = whole.state_dict(), parts.state_dict()
+    assert stops >= 3 and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("cls", [ACGAN, GAN])
+def test_law_6_loaded_draws_the_same(cls, tmp_path):
+    model = build(cls=cls, game="least_squares")
+    fit(model, Bars(), images=320, progress=False)
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert type(again) is cls
+    assert torch.equal(model.sample(8, generator=seeded()), again.sample(8, generator=seeded()))

@@ -1,0 +1,92 @@
+"""The models that ship with the package: small, documented, what their recipes make, and good."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+
+import condgen as cg
+from condgen.metrics import evaluate
+from condgen.recipes import RECIPES, SHIPPED
+from condgen.runs import read_json, read_tensors, ship, shipped
+
+GENERATORS = [name for name in SHIPPED if RECIPES[name].judge]
+
+
+@cache
+def model(name):
+    return cg.load(name)
+
+
+def test_all_that_is_promised_is_there_and_small():
+    folders = shipped()
+    assert sorted(folders) == sorted(SHIPPED)
+    assert sum(p.stat().st_size for folder in folders.values() for p in folder.rglob("*")) <= 10e6
+    assert {p.name for folder in folders.values() for p in folder.iterdir()} == {"card.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_cards_tell_where_weights_come_from(name):
+    card, recipe = read_json(shipped()[name] / "card.json"), RECIPES[name]
+    data = recipe.data()
+    assert card["data"] == {"name": data.name, "sha256": data.sha256} and "Alpaydin" in card["origin"]
+    assert card["recipe"] == name and name in card["command"] and card["finished"]
+    lengths = {stage: value["images"] for stage, value in card["training"]["stages"].items()}
+    assert lengths == recipe.images["cpu"] and card["training"]["seed"] == 0
+    now = recipe.model(data, "cpu")
+    assert card["arguments"] == json.loads(json.dumps({**now.arguments, "conditions": now.conditions.to_json()}))
+
+
+def test_the_judge_reads_digits():
+    d = cg.data.digits()
+    with torch.no_grad():
+        read = model("judge-digits").logits(d.images_of("test")).argmax(1)
+    assert (read == d.table("test")["c"].argmax(1)).double().mean() >= 0.97
+
+
+BARS = {"caglow-digits": (0.95, 0.8), "cglow-digits": (0.4, 0.8), "acgan-digits": (0.95, 0.7)}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_give_what_is_asked_for_and_not_always_the_same(name):
+    result = evaluate(model(name), model("judge-digits"), cg.data.digits(), temperature=0.9, n=720)
+    accuracy, diversity = BARS[name]
+    assert result["accuracy"] >= accuracy
+    assert min(result["diversity_pixel"], result["diversity_feature"]) >= diversity
+
+
+def test_codes_can_be_read_from_what_they_made():
+    """Correlation of each code with what D_e reads from the generated latent."""
+    caglow = model("caglow-digits")
+    u = 2 * torch.rand(500, 2, generator=torch.Generator().manual_seed(1)) - 1
+    z = caglow.sample_latent(500, 0.9, torch.Generator().manual_seed(2), u=u)
+    with torch.no_grad():
+        read = caglow.supervision(z)[3]
+    for k in range(2):
+        assert torch.corrcoef(torch.stack([u[:, k], read[:, k]]))[0, 1] > 0.8
+
+
+def test_a_rounded_flow_is_still_invertible():
+    caglow, x = model("caglow-digits"), cg.data.digits().images_of("test")[:50]
+    with torch.no_grad():
+        assert (caglow.decode(caglow.encode(x)) - x).abs().max() <= 1e-4
+
+
+def test_ship_rounds_weights_and_nothing_else(tmp_path):
+    torch.manual_seed(0)
+    net = cg.Glow((1, 4, 4), levels=1, depth=1, width=4)
+    cg.save(net, tmp_path / "run", finished=True)
+    out = ship(tmp_path / "run", tmp_path / "small", origin="nowhere")
+    again = cg.load(out)
+    for name, t in net.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == t.dtype and torch.equal(found, t.half().float() if t.is_floating_point() else t)
+    x = again.sample(2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x, cg.load(out).sample(2, generator=torch.Generator().manual_seed(0)))
+    assert read_tensors(out / "model.safetensors")[0]["prior_bias"].dtype == torch.float16
+    assert read_json(out / "card.json")["origin"] == "nowhere"
+    cg.save(net, tmp_path / "half", finished=False)
+    with pytest.raises(ValueError, match="not finished"):
+        ship(tmp_path / "half", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
