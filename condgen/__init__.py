@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #5400abb7
+# %% ../nbs/index.ipynb #16d9c7ca
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -44,6 +44,7 @@ MODULES = [
     "metrics",
     "models",
     "recipes",
+    "results",
     "runs",
     "training",
 ]

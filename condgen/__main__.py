@@ -150,7 +150,7 @@ def sample(
     save_image(x, out)
     typer.echo(f"{n} images in {out}")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #23917c5b
+# %% ../nbs/reproduction/71_command_line.ipynb #e00024fc
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, one in runs/, or a model that ships.")],
@@ -160,8 +160,9 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     "Accuracy, diversity, Fréchet distance and bits per dimension of a model, read by a judge."
-    from condgen import metrics
     from condgen.data import load as load_data
+    from condgen.metrics import evaluate
+    from condgen.results import rows_of, table
     from condgen.runs import shipped, write_json
 
     (model, folder), (reader, _) = model_with("sample", source), model_with("logits", judge)
@@ -171,15 +172,15 @@ def evaluate(
             f"{data} has images {real.shape} labelled with {list(real.conditions)}; accepted: images {model.shape} "
             f"labelled with {list({*asked, *reader.conditions})}, which {source} and {judge} know"
         )
-    result = metrics.evaluate(
+    result = evaluate(
         model, reader, real, reader.conditions.names[0], temperature=temperature, seed=seed
     )
-    rows = metrics.rows_of(type(model).__name__, result)
+    rows = rows_of(type(model).__name__, result)
     if folder not in shipped().values():
         write_json(folder / "metrics.json", {"rows": rows})
-    typer.echo(metrics.table(rows))
+    typer.echo(table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #8ebf038f
+# %% ../nbs/reproduction/71_command_line.ipynb #a1bc7660
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -193,15 +194,15 @@ def reproduce(
     ] = None,
 ) -> None:
     "Run an experiment of the book and store its numbers. The same command goes on where it was interrupted."
-    from condgen import metrics
     from condgen.recipes import headline, reproduce, result_path
+    from condgen.results import show, table
 
     result = reproduce(name, tier, seeds, seed, seconds(budget), runs, results)
     for row in result["rows"]:
         if row["model"] == "judge" and row["metric"] == "accuracy":
-            share = metrics.show(row["value"], row["low"], row["high"])
+            share = show(row["value"], row["low"], row["high"])
             typer.echo(f"judge: accuracy {share} on {row['protocol']['n']} test images")
-    typer.echo(metrics.table(headline(result["rows"])))
+    typer.echo(table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
     report = (runs or Path("runs") / name.split("/")[0]) / "report.html"
     if report.exists():

@@ -8,7 +8,7 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'LITERAL', 'RECIPES'
            'definitions', 'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants',
            'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #6304a648
+# %% ../nbs/reproduction/70_recipes.ipynb #a0e73b05
 import ast
 import hashlib
 import time
@@ -23,17 +23,8 @@ import torch
 from .contracts import Code, Model, accepted
 from .data import Dataset, digits
 from .experiments.clusters import latent_clusters
-from condgen.metrics import (
-    choose_temperature,
-    evaluate,
-    layout,
-    merge,
-    read_results,
-    row,
-    rows_of,
-    stale,
-    write_results,
-)
+from .metrics import choose_temperature, evaluate
+from .results import layout, merge, read_results, row, rows_of, stale, write_results
 from .models.caglow import CAGlow
 from .models.cglow import CGlow
 from .models.classifier import Judge

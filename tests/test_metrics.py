@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from condgen import metrics as mt
+from condgen import results as rs
 from condgen.contracts import Classes, Model, Real
 from condgen.data import Dataset, digits
 
@@ -283,23 +284,23 @@ def test_fingerprint(toys):
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (30, 2.045)])
 def test_interval_against_the_printed_table(n, t):
     values = [float(i) for i in range(n)]
-    low, high = mt.interval(values)
+    low, high = rs.interval(values)
     s = torch.tensor(values, dtype=torch.float64).std().item()
     assert (high - low) / 2 / (s / n**0.5) == pytest.approx(t, abs=6e-4)
     assert (high + low) / 2 == pytest.approx((n - 1) / 2)
 
 
 def test_row():
-    made = mt.row("Glow", "bpd", [3.0, 4.0], "literal", {"K": 16}, 3.35, n=10)
+    made = rs.row("Glow", "bpd", [3.0, 4.0], "literal", {"K": 16}, 3.35, n=10)
     assert list(made) == ["model", "variant", "metric", "at", "value", "values", "low", "high", "paper", "protocol"]
     assert made["value"] == 3.5 and made["protocol"] == {"n": 10} and made["low"] < 3.5 < made["high"]
-    single = mt.row("Glow", "bpd", torch.tensor(2.0).item())
+    single = rs.row("Glow", "bpd", torch.tensor(2.0).item())
     assert (single["value"], single["low"], single["high"]) == (2.0, None, None)
     for bad in (float("nan"), [1, float("inf")], []):
         with pytest.raises(ValueError, match="bpd of Glow"):
-            mt.row("Glow", "bpd", bad)
+            rs.row("Glow", "bpd", bad)
     with pytest.raises(ValueError, match="did you mean 'frechet'"):
-        mt.row("Glow", "frechett", 1.0)
+        rs.row("Glow", "frechett", 1.0)
 
 
 def test_names_are_those_of_the_design():
@@ -313,50 +314,50 @@ def test_names_are_those_of_the_design():
 
 
 def test_merge_grows_seed_by_seed():
-    one = [mt.row("A", "accuracy", v, n=1) for v in (0.5, 0.7)]
+    one = [rs.row("A", "accuracy", v, n=1) for v in (0.5, 0.7)]
     other = [
-        mt.row("A", "accuracy", 0.9, n=2),
-        mt.row("A", "accuracy", 0.9, "x", n=1),
-        mt.row("A", "accuracy", 0.9, at={"K": 1}, n=1),
+        rs.row("A", "accuracy", 0.9, n=2),
+        rs.row("A", "accuracy", 0.9, "x", n=1),
+        rs.row("A", "accuracy", 0.9, at={"K": 1}, n=1),
     ]
-    rows = mt.merge(one[:1], one[1:], other)
-    assert len(rows) == 4 and rows[0] == mt.row("A", "accuracy", [0.5, 0.7], n=1)
-    assert mt.merge(rows) == rows
-    assert mt.merge([mt.row("A", "bpd", 1.0)], [mt.row("A", "bpd", 2.0, paper=3.0)])[0]["paper"] == 3.0
+    rows = rs.merge(one[:1], one[1:], other)
+    assert len(rows) == 4 and rows[0] == rs.row("A", "accuracy", [0.5, 0.7], n=1)
+    assert rs.merge(rows) == rows
+    assert rs.merge([rs.row("A", "bpd", 1.0)], [rs.row("A", "bpd", 2.0, paper=3.0)])[0]["paper"] == 3.0
 
 
 def test_protocols_never_share_a_column():
     rows = [
-        mt.row("A", "accuracy", [0.5, 0.7], n=1, paper=0.99),
-        mt.row("B", "accuracy", 0.8, n=1),
-        mt.row("C", "accuracy", 0.9, n=2),
+        rs.row("A", "accuracy", [0.5, 0.7], n=1, paper=0.99),
+        rs.row("B", "accuracy", 0.8, n=1),
+        rs.row("C", "accuracy", 0.9, n=2),
     ]
-    (top, *lines), notes = mt.layout(rows)
+    (top, *lines), notes = rs.layout(rows)
     assert top == ["", "accuracy ↑ (1)", "paper", "accuracy ↑ (2)"] and notes == ["(1) n 1", "(2) n 2"]
     assert lines == [["A", "0.6 ± 1.3", "0.99", ""], ["B", "0.8", "", ""], ["C", "", "", "0.9"]]
-    assert len(mt.table(rows).splitlines()) == 6
+    assert len(rs.table(rows).splitlines()) == 6
     with pytest.raises(ValueError, match="two rows"):
-        mt.layout([*rows, mt.row("B", "accuracy", 0.1, n=1)])
-    html = mt.table_html([mt.row("<b>", "accuracy", 0.1, n=1)])
+        rs.layout([*rows, rs.row("B", "accuracy", 0.1, n=1)])
+    html = rs.table_html([rs.row("<b>", "accuracy", 0.1, n=1)])
     assert "<th>&lt;b&gt;</th>" in html and "<b>" not in html
 
 
 def test_results_round_trip(tmp_path):
     path = tmp_path / "caglow" / "table1.cpu.json"
     with pytest.raises(FileNotFoundError, match="not run yet"):
-        mt.read_results(path)
-    rows = [mt.row("Glow", "bpd", [1.25, 1.5], n=10), mt.row("Glow", "accuracy", 1 / 3, n=10)]
+        rs.read_results(path)
+    rows = [rs.row("Glow", "bpd", [1.25, 1.5], n=10), rs.row("Glow", "accuracy", 1 / 3, n=10)]
     about = {"config": {"seeds": (0, 1)}, "data": {"name": "digits", "sha256": "0"}, "source": "abc", "hours": 0.25}
-    made = mt.write_results(path, "caglow/table1", "cpu", "condgen reproduce caglow/table1", rows, **about)
-    assert list(made) == list(mt.FIELDS) and mt.read_results(path) == made and made["rows"] == rows
+    made = rs.write_results(path, "caglow/table1", "cpu", "condgen reproduce caglow/table1", rows, **about)
+    assert list(made) == list(rs.FIELDS) and rs.read_results(path) == made and made["rows"] == rows
     assert {"python", "torch"} <= set(made["versions"]) and "threads" in made["hardware"]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert mt.stale(made, about["config"], "abc") == []
-    assert mt.stale(made, {"seeds": [0]}, "abd") == ["config", "source"]
+    assert rs.stale(made, about["config"], "abc") == []
+    assert rs.stale(made, {"seeds": [0]}, "abd") == ["config", "source"]
     before = path.read_text()
     for bad in ([rows[0] | {"value": float("nan")}], [rows[0] | {"metric": "bdp"}]):
         with pytest.raises(ValueError):
-            mt.write_results(path, "caglow/table1", "cpu", "", bad, **about)
+            rs.write_results(path, "caglow/table1", "cpu", "", bad, **about)
     assert path.read_text() == before and len(list(path.parent.iterdir())) == 1
 
 
@@ -364,8 +365,8 @@ def test_results_round_trip(tmp_path):
 def test_other_files_are_not_results(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match="a.json"):
-        mt.read_results(tmp_path / "a.json")
-    good = mt.write_results(tmp_path / "b.json", "a", "cpu", "", [], {}, {}, "", 0)
+        rs.read_results(tmp_path / "a.json")
+    good = rs.write_results(tmp_path / "b.json", "a", "cpu", "", [], {}, {}, "", 0)
     (tmp_path / "b.json").write_text(json.dumps({k: v for k, v in good.items() if k != "source"}))
     with pytest.raises(ValueError, match="lacks source"):
-        mt.read_results(tmp_path / "b.json")
+        rs.read_results(tmp_path / "b.json")

@@ -299,7 +299,7 @@ def test_every_experiment_names_known_recipes_of_every_tier():
 
 def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypatch):
     from condgen import recipes
-    from condgen.metrics import row
+    from condgen.results import row
 
     seen = []
 
@@ -357,7 +357,7 @@ def test_source_follows_the_code_that_a_recipe_uses_and_no_other(change, tmp_pat
 
 
 def test_headline_gives_the_floor_a_line_of_its_own():
-    from condgen.metrics import row
+    from condgen.results import row
 
     rows = [
         row("Glow", "frechet", 9.0, n=1),

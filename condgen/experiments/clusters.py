@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_blind', 'inferred', 'written', 'latent_clusters']
 
-# %% ../../nbs/caglow/34_clusters.ipynb #cc697281
+# %% ../../nbs/caglow/34_clusters.ipynb #3aa1a35c
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..bijections import dequantize
 from ..contracts import Model
 from ..data import digits
-from ..metrics import accuracy, centroid_distance, fisher_directions, knn_two_sample, row, silhouette
+from ..metrics import accuracy, centroid_distance, fisher_directions, knn_two_sample, silhouette
+from ..results import row
 from ..models.caglow import CAGlow
 from ..models.glow import Glow
 
