@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #16d9c7ca
+# %% ../nbs/index.ipynb #fa080336
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -38,6 +38,7 @@ MODULES = [
     "contracts",
     "data",
     "divergences",
+    "experiments",
     "explore",
     "figures",
     "games",

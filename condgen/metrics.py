@@ -6,7 +6,8 @@
 __all__ = ['LOWER', 'HIGHER', 'NEITHER', 'METRICS', 'CHUNK', 'ENOUGH', 'BEHIND', 'MetricInfo', 'known', 'frechet_distance',
            'batched', 'frechet', 'accuracy', 'diversity', 'check_clouds', 'neighbours', 'own_shares', 'classes_of',
            'knn_two_sample', 'centroid_distance', 'silhouette', 'fisher_directions', 'chunks', 'bpd', 'quiet',
-           'generate', 'device_of', 'fingerprint', 'evaluate', 'n_classes', 'spread', 'choose_temperature']
+           'generate', 'device_of', 'fingerprint', 'balanced', 'read_by', 'evaluate', 'n_classes', 'spread',
+           'choose_temperature']
 
 # %% ../nbs/workshop/15_metrics.ipynb #c528043f
 import hashlib
@@ -341,7 +342,7 @@ def bpd(
                 total -= model.log_prob(x, generator=g, **values).double().sum().item()
     return total / (samples * len(images) * (dims or images[0].numel()) * math.log(2))
 
-# %% ../nbs/workshop/15_metrics.ipynb #3d07bdf2
+# %% ../nbs/workshop/15_metrics.ipynb #df06b0b7
 @contextmanager
 def quiet(*networks: object) -> Iterator[None]:
     """Networks in evaluation mode, without gradients; back as they were afterwards."""
@@ -382,11 +383,32 @@ def fingerprint(network: object) -> str:
     return f"{type(network).__name__}@{digest}"
 
 
+def balanced(model: Model, data: Any) -> str | None:
+    """The first condition of a model that is known for the data and can be asked for in equal numbers, if any."""
+    known = [item.name for item in data.conditions if isinstance(item, Classes | Binary)]
+    return next((item.name for item in model.conditions.supervised if item.name in known), None)
+
+
+def read_by(judge: Any, x: Tensor, condition: str, device: torch.device | str = "cpu") -> Tensor:
+    """What a judge reads for a condition of Classes or Binary in images `(n, c, h, w)`, `(n,)` integers.
+
+    Raises:
+        ValueError: the judge does not read this condition.
+    """
+    logits = batched(judge.logits, x, device)
+    if hasattr(judge, "conditions"):
+        judge.conditions.check([condition])
+        item, logits = next(pair for pair in judge.conditions.columns(logits) if pair[0].name == condition)
+        if isinstance(item, Binary):
+            return (logits[:, 0] > 0).long()
+    return logits.argmax(1)
+
+
 def evaluate(
     model: Model,
     judge: Any,
     data: Any,
-    condition: str = "digit",
+    condition: str | None = None,
     n: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
@@ -396,9 +418,11 @@ def evaluate(
 
     Args:
         model: has `sample`; with `log_prob` it gets `bpd`.
-        judge: `features(x) -> (n, f)`, `logits(x) -> (n, k)`, perhaps `digest`; took no part in training.
+        judge: `features(x) -> (n, f)`, `logits(x) -> (n, k)` in the columns of `conditions` if it has such, perhaps
+            `digest`; took no part in training.
         data: a `Dataset`.
-        condition: the classes that are asked for in equal numbers; a model without it gets `frechet` and `bpd` only.
+        condition: the classes that are asked for in equal numbers; None: the model's first Classes or Binary. A model
+            without it gets `frechet` and `bpd` only.
         n: samples. Up to the size of the split, or a multiple of it; if None, its smallest multiple from 2,000 on.
         temperature: of the samples.
         seed: of the samples.
@@ -412,6 +436,7 @@ def evaluate(
     some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:n].sort().values
     real, c, out, classes = real[some], c[some], {}, {}
     truth, device = data.conditions.unpack(c), device_of(judge)
+    condition = condition or balanced(model, data)
     asked = condition in model.conditions.names
     wanted = {condition: torch.arange(n) % n_classes(data, condition)} if asked else {}
     with quiet(model, judge):
@@ -426,7 +451,7 @@ def evaluate(
             given = {name: value for name, value in truth.items() if takes and name in model.conditions.names}
             out["bpd"] = bpd(model, real, seed, **given)
         if asked:
-            labels, read = wanted[condition], batched(judge.logits, x, device).argmax(1)
+            labels, read = wanted[condition], read_by(judge, x, condition, device)
             right = read == labels
             out["accuracy"] = accuracy(read, labels)
             classes["accuracy"] = [accuracy(read[labels == k], labels[labels == k]) for k in labels.unique()]
@@ -448,7 +473,7 @@ def n_classes(data: Any, condition: str) -> int:
         raise ValueError(f"{item} cannot be balanced; accepted: Classes or Binary")
     return item.n if isinstance(item, Classes) else 2
 
-# %% ../nbs/workshop/15_metrics.ipynb #66c19b97
+# %% ../nbs/workshop/15_metrics.ipynb #7617c49a
 ENOUGH, BEHIND = 0.85, 0.2  # diversity, and how far a class may fall below it
 
 
@@ -463,13 +488,13 @@ def choose_temperature(
     judge: Any,
     data: Any,
     temperatures: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    condition: str = "digit",
+    condition: str | None = None,
     n: int | None = None,
     seed: int = 0,
 ) -> tuple[float, dict[float, dict[str, Any]]]:
     """The temperature that serves best on validation images, and what each of them gives."""
     results = {t: evaluate(model, judge, data, condition, n, t, seed, "val") for t in temperatures}
-    if condition not in model.conditions.names:
+    if (condition or balanced(model, data)) not in model.conditions.names:
         return min(results, key=lambda t: results[t]["frechet"]), results
     fine = [t for t, r in results.items() if spread(r)[0] >= ENOUGH and spread(r)[1] >= ENOUGH - BEHIND]
     if fine:

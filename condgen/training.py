@@ -6,14 +6,17 @@
 __all__ = ['BAD_STEPS', 'STATE', 'VALIDATIONS', 'LOG_ROWS', 'Data', 'Order', 'reseed', 'allow', 'play', 'all_reduce_gradients',
            'average_buffers', 'start_equal', 'agree', 'over_all', 'optimizer_tensors', 'put_optimizer_tensors',
            'move_averages', 'swap', 'set_modes', 'Rounds', 'Trainer', 'free', 'with_lengths', 'difference',
-           'check_folder', 'check_conditions', 'settings_of', 'Diary', 'finished_run', 'train_stage', 'fit',
-           'accelerator_for']
+           'check_folder', 'check_conditions', 'settings_of', 'Diary', 'finished_run', 'after_the_round', 'train_stage',
+           'fit', 'accelerator_for']
 
-# %% ../nbs/workshop/14_training.ipynb #2886c125
+# %% ../nbs/workshop/14_training.ipynb #3755abf8
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -595,7 +598,29 @@ def finished_run(model: Model, stages: list[Stage], folder: Path, card: dict[str
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     return Run(model.eval(), folder, log, True, card["images"], card["seconds"])
 
-# %% ../nbs/workshop/14_training.ipynb #08f0f5cb
+# %% ../nbs/workshop/14_training.ipynb #a69d1163
+@contextmanager
+def after_the_round(interrupted: list[int], processes: int) -> Iterator[None]:
+    """Note the first interrupt (Ctrl-C) in `interrupted` instead of raising it; the second one is raised as ever.
+
+    Only for a single process, and in its main thread, where signals arrive.
+    """
+    if processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/workshop/14_training.ipynb #f85ac67b
 VALIDATIONS = 20  # per stage
 LOG_ROWS = 200  # per stage
 
@@ -612,11 +637,12 @@ def train_stage(trainer: Trainer, diary: Diary, deadline: float, save_every: flo
     """
     from tqdm.auto import tqdm
 
-    stage, accelerator = trainer.stage, trainer.accelerator
+    stage, accelerator, interrupted = trainer.stage, trainer.accelerator, []
     rounds, rows = math.ceil(stage.images / stage.batch), trainer.rows(stage.batch)
     share = (rows.stop - rows.start) / stage.batch
-    with tqdm(total=rounds * stage.batch, initial=trainer.seen, unit="img", disable=not progress or not diary.main,
-              desc=f"{type(trainer.model).__name__} {stage.name}") as bar:
+    bar = tqdm(total=rounds * stage.batch, initial=trainer.seen, unit="img", disable=not progress or not diary.main,
+               desc=f"{type(trainer.model).__name__} {stage.name}")
+    with bar, after_the_round(interrupted, accelerator.num_processes):
         while not trainer.over:
             values, played = trainer.round(), trainer.seen // stage.batch
             bar.update(stage.batch)
@@ -631,6 +657,9 @@ def train_stage(trainer: Trainer, diary: Diary, deadline: float, save_every: flo
             late = deadline < math.inf and agree(time.monotonic() > deadline, accelerator)
             if not trainer.over and (late or time.monotonic() - diary.saved > save_every):
                 diary.keep(trainer)
+            if interrupted:
+                diary.keep(trainer)
+                raise KeyboardInterrupt(f"stopped after {trainer.total:,} images, in a state that can be resumed")
             if late and not trainer.over:
                 return False
     return True

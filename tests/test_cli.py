@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 def test_list_names_recipes_and_experiments(tmp_path):
     out = condgen("list", cwd=tmp_path).stdout
-    assert "caglow-digits" in out and "caglow/digits" in out and "not run yet" in out
+    assert "caglow-digits" in out and "caglow/digits" in out and "stored here" not in out
 
 
 def test_a_stopped_run_says_so_and_can_be_sampled_and_evaluated(folder):
