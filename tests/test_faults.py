@@ -105,6 +105,24 @@ def test_killed_twenty_times(whole, tmp_path):
     check(tmp_path, whole)
 
 
+@forks
+def test_ctrl_c_saves_what_was_computed(whole, tmp_path):
+    """Signal 2 in the middle of training: exit code 130, a state of the round that was being played; then the same."""
+    reads, writes = os.pipe()
+    number = child(tmp_path, *TRAIN, says=writes)  # saves every minute, that is, not by itself
+    os.close(writes)
+    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(number, signal.SIGINT)
+    with os.fdopen(reads) as pipe:
+        said = pipe.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 130
+    assert "in a state that can be resumed; the same command goes on from there" in said and "Traceback" not in said
+    assert int(generations(tmp_path / "run" / "state")[0].name) >= 64
+    assert condgen(tmp_path, *TRAIN)[0] == 0
+    check(tmp_path, whole)
+
+
 class Bomb:
     """Makes a folder when it is unpickled."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from condgen import metrics as mt
 from condgen import results as rs
-from condgen.contracts import Classes, Model, Real
+from condgen.contracts import Binary, Classes, Model, Real, Schema
 from condgen.data import Dataset, digits
 
 laws = settings(max_examples=30, deadline=None, derandomize=True)
@@ -370,3 +370,69 @@ def test_other_files_are_not_results(tmp_path, text):
     (tmp_path / "b.json").write_text(json.dumps({k: v for k, v in good.items() if k != "source"}))
     with pytest.raises(ValueError, match="lacks source"):
         rs.read_results(tmp_path / "b.json")
+
+
+class Shapes:
+    """Sixteen-pixel pictures, bright on the left or on the right, with a number and a property beside the class."""
+
+    name, sha256 = "shapes", "0"
+
+    def __init__(self, *conditions):
+        self.conditions = Schema(conditions)
+
+    def table(self, split):
+        g = torch.Generator().manual_seed(len(split))
+        side = torch.arange(60) % 2
+        x = torch.zeros(60, 1, 4, 4)
+        x[side == 0, :, :, :2], x[side == 1, :, :, 2:] = 0.9, 0.9
+        x += 0.1 * torch.rand(60, 1, 4, 4, generator=g)
+        values = {"number": torch.rand(60, generator=g), "side": side, "right": side}
+        return {"x": x, "c": self.conditions.pack(60, **{n: values[n] for n in self.conditions.names})}
+
+    def images_of(self, split):
+        return self.table(split)["x"]
+
+    def indices(self, split):
+        return torch.arange(60) + {"train": 0, "val": 60, "test": 120}[split]
+
+    @property
+    def labels(self):
+        return torch.cat([self.table(split)["c"] for split in ("train", "val", "test")])
+
+
+@pytest.mark.parametrize("known", [[Real("number", 0, 1), Classes("side", 2)], [Binary("right")],
+                                   [Binary("right"), Real("number", 0, 1)]])  # fmt: skip
+def test_the_judge_is_read_in_the_columns_of_the_condition(known):
+    """A model that obeys scores 1, one that does the opposite 0, wherever the condition stands in the schema."""
+    data = Shapes(*known)
+    name = next(item.name for item in known if not isinstance(item, Real))
+
+    class Obeys(Model):
+        def __init__(self, shape, conditions, turn=False):
+            super().__init__(shape, conditions)
+            self.turn = turn
+
+        def sample(self, n, temperature=1.0, generator=None, **conditions):
+            side = self.conditions.unpack(self.condition(n, generator, **conditions))[name].long()
+            x = 0.1 * torch.rand(n, 1, 4, 4, generator=generator)
+            x[side == int(self.turn), :, :, :2] += 0.9
+            x[side != int(self.turn), :, :, 2:] += 0.9
+            return x
+
+    class Reader:
+        digest, conditions = "sides", data.conditions
+
+        def features(self, x):
+            return x.flatten(1)[:, :8]
+
+        def logits(self, x):
+            right = (x[..., 2:].mean((1, 2, 3)) - x[..., :2].mean((1, 2, 3)))[:, None]
+            kinds = {Classes: torch.cat([-right, right], 1), Binary: right, Real: 9 + 0 * right}
+            return torch.cat([kinds[type(item)] for item in self.conditions], 1)
+
+    for turn, share in ((False, 1.0), (True, 0.0)):
+        assert mt.evaluate(Obeys((1, 4, 4), known, turn), Reader(), data, n=60)["accuracy"] == share
+    blind = Reader()
+    blind.conditions = Schema([Real("number", 0, 1)])
+    with pytest.raises(ValueError, match=f"unknown condition '{name}'"):
+        mt.evaluate(Obeys((1, 4, 4), known), blind, data, n=60)
