@@ -203,7 +203,7 @@ def evaluate(
         write_json(folder / "metrics.json", {"rows": rows})
     typer.echo(table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #99e722a1
+# %% ../nbs/reproduction/71_command_line.ipynb #a040b330
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -217,7 +217,7 @@ def reproduce(
     ] = None,
 ) -> None:
     "Run an experiment of the book and store its numbers. The same command goes on where it was interrupted."
-    from condgen.recipes import headline, reproduce, result_path
+    from condgen.recipes import EXPERIMENTS, headline, reproduce, result_path
     from condgen.results import show, table
 
     with resumable():
@@ -229,7 +229,7 @@ def reproduce(
     typer.echo(table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
     report = (runs or Path("runs") / name.split("/")[0]) / "report.html"
-    if report.exists():
+    if EXPERIMENTS[name].report and report.exists():
         typer.echo(f"report:  {report}")
 
 # %% ../nbs/reproduction/71_command_line.ipynb #39620b8e
