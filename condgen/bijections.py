@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Bijection', 'standard_normal_log_prob', 'Chain', 'pixels', 'per_channel', 'ActNorm', 'start_from_data',
-           'InvertibleConv', 'halves', 'AdditiveCoupling', 'AffineCoupling', 'Squeeze', 'Whiten', 'MultiScale',
-           'dequantize', 'quantize', 'bits_per_dim']
+           'InvertibleConv', 'halves', 'Coupling', 'AdditiveCoupling', 'AffineCoupling', 'Squeeze', 'Whiten',
+           'MultiScale', 'dequantize', 'quantize', 'bits_per_dim']
 
 # %% ../nbs/foundations/01_change_of_variables.ipynb #0e86c0e5
 import math
@@ -130,7 +130,7 @@ def start_from_data(module: nn.Module, *inputs: Tensor) -> None:
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/foundations/01_change_of_variables.ipynb #591a221d
+# %% ../nbs/foundations/01_change_of_variables.ipynb #dfac792b
 class InvertibleConv(Bijection):
     """Invertible 1×1 convolution: one c×c matrix W applied to the channels at every position.
 
@@ -170,25 +170,60 @@ class InvertibleConv(Bijection):
         lower, upper = self.factors()
         return self.permutation @ lower @ upper
 
+    def logdet(self) -> Tensor:
+        """log|det W|."""
+        return self.log_s.sum() if self.lu else torch.linalg.slogdet(self.weight)[1]
+
     def apply_matrix(self, w: Tensor, x: Tensor) -> Tensor:
         """Multiply the channels of `x`, `(n, c, …)`, by `w` at each position."""
         return (w @ x.flatten(2)).view(x.shape) if x.dim() > 2 else x @ w.T
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # W in full precision, whatever the coupling networks use
-            logdet = self.log_s.sum() if self.lu else torch.linalg.slogdet(self.weight)[1]
-            return self.apply_matrix(self.matrix(), x), (pixels(x) * logdet).expand(len(x))
+            return self.apply_matrix(self.matrix(), x), (pixels(x) * self.logdet()).expand(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self.apply_matrix(torch.linalg.inv(self.matrix().double()).to(y.dtype), y)
+        with torch.autocast(y.device.type, enabled=False):
+            return self.apply_matrix(torch.linalg.inv(self.matrix().double()).to(y.dtype), y)
 
-# %% ../nbs/foundations/01_change_of_variables.ipynb #30baf08d
+# %% ../nbs/foundations/01_change_of_variables.ipynb #131081d2
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The first c//2 channels of `(n, c, …)` and the rest."""
     return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
 
 
-class AdditiveCoupling(Bijection):
+class Coupling(Bijection):
+    """Lets the first half of the channels pass, y₁ = x₁, and transforms the second by what a network makes of x₁.
+
+    What a kind of coupling is lies in its `transform` and `restore`.
+
+    Args:
+        net: maps x₁ `(n, c//2, …)` to the answer that `transform` needs; need not be invertible.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def transform(self, x: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half y₂ from x₂ `(n, k, …)` and the network's answer, and log|dy₂/dx₂| of each element."""
+        raise TypeError(f"{type(self).__name__} has no transform")
+
+    def restore(self, y: Tensor, answer: Tensor) -> Tensor:
+        """x₂ from y₂ and the answer."""
+        raise TypeError(f"{type(self).__name__} has no restore")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = halves(x)
+        y, log_scale = self.transform(b, self.net(a).to(x.dtype))
+        return torch.cat([a, y], 1), log_scale.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = halves(y)
+        return torch.cat([a, self.restore(b, self.net(a).to(y.dtype))], 1)
+
+
+class AdditiveCoupling(Coupling):
     """Additive coupling, y₁ = x₁, y₂ = x₂ + t(x₁), where x₁, x₂ are the two halves of the channels.
 
     Args:
@@ -198,20 +233,14 @@ class AdditiveCoupling(Bijection):
         Dinh, Krueger & Bengio 2014 (NICE), §3.2.
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
+    def transform(self, x: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+        return x + answer, torch.zeros_like(x)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = halves(x)
-        return torch.cat([a, b + self.net(a)], 1), x.new_zeros(len(x))
+    def restore(self, y: Tensor, answer: Tensor) -> Tensor:
+        return y - answer
 
-    def inverse(self, y: Tensor) -> Tensor:
-        a, b = halves(y)
-        return torch.cat([a, b - self.net(a)], 1)
-
-# %% ../nbs/foundations/01_change_of_variables.ipynb #8ffd4a4d
-class AffineCoupling(AdditiveCoupling):
+# %% ../nbs/foundations/01_change_of_variables.ipynb #bebdf391
+class AffineCoupling(Coupling):
     """Affine coupling, y₁ = x₁, y₂ = (x₂ + t)·s with t and s computed from x₁, parametrised as in Glow's code.
 
     s = floor + (1 − floor)·sigmoid(raw + 2) lies between `floor` and 1, so that the inverse magnifies an error
@@ -229,20 +258,18 @@ class AffineCoupling(AdditiveCoupling):
         super().__init__(net)
         self.floor = floor
 
-    def shift_scale(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift t and scale s, each of the second half's shape, from the first half `a`."""
-        shift, raw = self.net(a).chunk(2, 1)
+    def shift_scale(self, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift t and scale s, each of the second half's shape."""
+        shift, raw = answer.chunk(2, 1)
         return shift, self.floor + (1 - self.floor) * torch.sigmoid(raw + 2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = halves(x)
-        shift, scale = self.shift_scale(a)
-        return torch.cat([a, (b + shift) * scale], 1), scale.log().flatten(1).sum(1)
+    def transform(self, x: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale = self.shift_scale(answer)
+        return (x + shift) * scale, scale.log()
 
-    def inverse(self, y: Tensor) -> Tensor:
-        a, b = halves(y)
-        shift, scale = self.shift_scale(a)
-        return torch.cat([a, b / scale - shift], 1)
+    def restore(self, y: Tensor, answer: Tensor) -> Tensor:
+        shift, scale = self.shift_scale(answer)
+        return y / scale - shift
 
 # %% ../nbs/foundations/01_change_of_variables.ipynb #97c6c7b9
 class Squeeze(Bijection):
@@ -261,8 +288,8 @@ class Squeeze(Bijection):
     def inverse(self, y: Tensor) -> Tensor:
         return F.pixel_shuffle(y, 2)
 
-# %% ../nbs/foundations/01_change_of_variables.ipynb #8f685b17
-class Whiten(AdditiveCoupling):
+# %% ../nbs/foundations/01_change_of_variables.ipynb #6da4a1c7
+class Whiten(Coupling):
     """Glow's split prior as a coupling: y₁ = x₁, y₂ = (x₂ − μ(x₁))·exp(−log σ(x₁)).
 
     Turns x₂ ~ N(μ, σ²) into standard normal noise.
@@ -279,20 +306,18 @@ class Whiten(AdditiveCoupling):
         super().__init__(net)
         self.bound = bound
 
-    def mean_logstd(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """μ and log σ, each of the second half's shape, from the first half `a`."""
-        mean, raw = self.net(a).chunk(2, 1)
+    def mean_logstd(self, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ, each of the second half's shape."""
+        mean, raw = answer.chunk(2, 1)
         return mean, self.bound * torch.tanh(raw / self.bound)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = halves(x)
-        mean, log_std = self.mean_logstd(a)
-        return torch.cat([a, (b - mean) * (-log_std).exp()], 1), -log_std.flatten(1).sum(1)
+    def transform(self, x: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.mean_logstd(answer)
+        return (x - mean) * (-log_std).exp(), -log_std
 
-    def inverse(self, y: Tensor) -> Tensor:
-        a, b = halves(y)
-        mean, log_std = self.mean_logstd(a)
-        return torch.cat([a, mean + b * log_std.exp()], 1)
+    def restore(self, y: Tensor, answer: Tensor) -> Tensor:
+        mean, log_std = self.mean_logstd(answer)
+        return mean + y * log_std.exp()
 
 # %% ../nbs/foundations/01_change_of_variables.ipynb #d8d95b66
 class MultiScale(Bijection):

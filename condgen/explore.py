@@ -6,7 +6,7 @@
 __all__ = ['SOON', 'LATEST', 'SHEET', 'TEXT', 'range_of', 'mixed', 'between', 'step_of', 'slider', 'control', 'labels_of',
            'numbers_of', 'Setting', 'described', 'Panel', 'sheet_png', 'Explorer', 'alert', 'arranged', 'explore']
 
-# %% ../nbs/workshop/17_explorers.ipynb #b4fab42b
+# %% ../nbs/workshop/17_explorers.ipynb #2cc2abd9
 import asyncio
 import functools
 import inspect
@@ -22,7 +22,7 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from .contracts import Classes, Code, Condition, Model, Real, Schema, as_numbers
+from .contracts import Classes, Code, Condition, Model, Real, Schema, as_numbers, check_whole
 from .figures import sheet
 
 # %% ../nbs/workshop/17_explorers.ipynb #15b89e99
@@ -339,7 +339,7 @@ def arranged(panel: Explorer) -> list[widgets.Widget]:
     picture = column(panel.picture, flex="0 0 auto", align_items="flex-start")
     return [row(picture, column(*parts, panel.temperature, panel.seed, flex="1 1 20em")), panel.alert, panel.text]
 
-# %% ../nbs/workshop/17_explorers.ipynb #60171c4d
+# %% ../nbs/workshop/17_explorers.ipynb #c7949dcf
 def explore(model: Model, n: int = 16, **conditions: Any) -> Explorer:
     """Sliders for a model's conditions and noise, beside the images that it makes of them.
 
@@ -362,8 +362,7 @@ def explore(model: Model, n: int = 16, **conditions: Any) -> Explorer:
     if not all(hasattr(model, name) for name in ("conditions", "shape", "sample")):
         kind = type(model).__name__
         raise TypeError(f"{kind} cannot be explored; accepted: a model with conditions, shape and sample")
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n={n!r} images; accepted: an integer, 1 or more")
+    check_whole(n, "n")
     if model.shape[0] not in (1, 3):
         raise ValueError(f"images of {model.shape[0]} channels; accepted: 1 or 3")
     return Explorer(model, n, **conditions)

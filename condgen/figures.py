@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'TEN', 'CSS', 'style', 'sheet', 'save_image', 'paper', 'grid', 'traversal', 'curves', 'embed', 'clusters',
            'png', 'Section', 'report_html']
 
-# %% ../nbs/workshop/16_figures.ipynb #551912e4
+# %% ../nbs/workshop/16_figures.ipynb #cad03398
 import base64
 import io
 import os
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .runs import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +42,7 @@ def style() -> None:
         "font.size": 10, "image.cmap": "gray",
     })  # fmt: skip
 
-# %% ../nbs/workshop/16_figures.ipynb #b6ab5abb
+# %% ../nbs/workshop/16_figures.ipynb #e2068096
 def sheet(images: Tensor, rows: int | None = None, gap: int | tuple[int, int] = 1, zoom: int = 1) -> Tensor:
     """Images as one.
 
@@ -80,8 +82,8 @@ def save_image(images: Tensor, path: str | Path, rows: int | None = None) -> Pat
     zoom = -(-64 // images.shape[-1]) if images.dim() == 4 and images.shape[-1] else 1
     picture, path = sheet(images, rows, gap=2, zoom=zoom), Path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"cannot write {path.name}; accepted: .png, .jpg, .webp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"cannot write {path} as a picture; accepted: .png, .jpg, .webp at the end of its name")
+    make_folder(path.parent)
     Image.fromarray(picture.numpy()).save(path)
     return path
 

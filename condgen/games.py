@@ -8,7 +8,7 @@ __all__ = ['GAMES', 'minimax', 'optimal_logit', 'saturating', 'non_saturating', 
            'wasserstein_critic', 'wasserstein_generator', 'earth_mover', 'optimal_wasserstein', 'gradient_penalty',
            'Game', 'optimal_classifier']
 
-# %% ../nbs/foundations/03_games.ipynb #cf5fe62a
+# %% ../nbs/foundations/03_games.ipynb #5e904bfe
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import check_probs, mixture
+from .divergences import _check_pair, _check_shapes, check_probs, mixture
 
 # %% ../nbs/foundations/03_games.ipynb #60d7b2d0
 def minimax(real: Tensor, fake: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def minimax(real: Tensor, fake: Tensor) -> Tensor:
     """
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
-# %% ../nbs/foundations/03_games.ipynb #22978ad0
+# %% ../nbs/foundations/03_games.ipynb #9b774ff4
 def optimal_logit(p: Tensor, q: Tensor) -> Tensor:
     """Logit of the best judge of the minimax game, log p − log q, so that D* = p / (p + q).
 
@@ -46,12 +46,13 @@ def optimal_logit(p: Tensor, q: Tensor) -> Tensor:
         Logits, (..., n): inf where only p is positive, -inf where only q is, nan where neither is.
 
     Raises:
-        ValueError: an argument is not a distribution over its last axis.
+        ValueError: an argument is not a distribution, or the shapes do not fit.
 
     References:
         Goodfellow et al. 2014, Proposition 1.
     """
-    return check_probs(p, "p").log() - check_probs(q, "q").log()
+    _check_pair(p, q)
+    return p.log() - q.log()
 
 # %% ../nbs/foundations/03_games.ipynb #628d2dd5
 def saturating(fake: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def non_saturating(fake: Tensor) -> Tensor:
     """
     return F.softplus(-fake).mean()
 
-# %% ../nbs/foundations/03_games.ipynb #a61d97ce
+# %% ../nbs/foundations/03_games.ipynb #38897534
 def least_squares_critic(real: Tensor, fake: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     """What the critic minimises in the least-squares game, ½ E (D(real) − b)² + ½ E (D(fake) − a)².
 
@@ -136,7 +137,8 @@ def optimal_least_squares(p: Tensor, q: Tensor, a: float = 0.0, b: float = 1.0) 
     References:
         Mao et al. 2017.
     """
-    return (b * p + a * q) / (2 * mixture(p, q))
+    both = 2 * mixture(p, q)
+    return (b * p + a * q) / both
 
 
 def chi_square(p: Tensor, q: Tensor) -> Tensor:
@@ -150,12 +152,13 @@ def chi_square(p: Tensor, q: Tensor) -> Tensor:
         Divergence ≥ 0, (...); inf where q = 0 < p.
 
     Raises:
-        ValueError: an argument is not a distribution over its last axis.
+        ValueError: an argument is not a distribution, or the shapes do not fit.
     """
-    gap = (check_probs(p, "p") - check_probs(q, "q")).square()
+    _check_pair(p, q)
+    gap = (p - q).square()
     return (gap / torch.where(gap > 0, q, torch.ones_like(gap))).sum(-1)
 
-# %% ../nbs/foundations/03_games.ipynb #43367efc
+# %% ../nbs/foundations/03_games.ipynb #b4d4568c
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     """What the critic minimises in the hinge game, E max(0, 1 − D(real)) + E max(0, 1 + D(fake)).
 
@@ -195,9 +198,10 @@ def optimal_hinge(p: Tensor, q: Tensor) -> Tensor:
         Critic values −1, 0 or 1, (..., n).
 
     Raises:
-        ValueError: an argument is not a distribution over its last axis.
+        ValueError: an argument is not a distribution, or the shapes do not fit.
     """
-    return torch.sign(check_probs(p, "p") - check_probs(q, "q"))
+    _check_pair(p, q)
+    return torch.sign(p - q)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -211,11 +215,12 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
         Distance between 0 (equal) and 1 (disjoint), (...).
 
     Raises:
-        ValueError: an argument is not a distribution over its last axis.
+        ValueError: an argument is not a distribution, or the shapes do not fit.
     """
-    return 0.5 * (check_probs(p, "p") - check_probs(q, "q")).abs().sum(-1)
+    _check_pair(p, q)
+    return 0.5 * (p - q).abs().sum(-1)
 
-# %% ../nbs/foundations/03_games.ipynb #f4d53aef
+# %% ../nbs/foundations/03_games.ipynb #7eef3fc0
 def wasserstein_critic(real: Tensor, fake: Tensor) -> Tensor:
     """What the critic minimises in the Wasserstein game, E D(fake) − E D(real), over D of slope at most 1.
 
@@ -246,11 +251,12 @@ def wasserstein_generator(fake: Tensor) -> Tensor:
 
 def _check_line(p: Tensor, q: Tensor, x: Tensor) -> None:
     """Raise ValueError unless `p` and `q` are distributions on the increasing positions `x`."""
-    check_probs(p, "p")
-    check_probs(q, "q")
-    if x.ndim != 1 or not (x.diff() > 0).all() or {p.shape[-1], q.shape[-1]} != {len(x)}:
-        raise ValueError(f"given p {tuple(p.shape)}, q {tuple(q.shape)} and positions of shape {tuple(x.shape)}; "
-                         f"accepted: increasing positions (n,), one for each outcome of the last axis")
+    _check_pair(p, q)
+    rising = isinstance(x, Tensor) and x.shape == p.shape[-1:] and bool((x.diff() > 0).all() and x.isfinite().all())
+    if not rising:
+        kind = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+        raise ValueError(f"given p {tuple(p.shape)}, q {tuple(q.shape)} and positions of {kind}; accepted: "
+                         f"increasing positions (n,), a tensor of finite numbers, one per outcome of the last axis")
 
 
 def earth_mover(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
@@ -289,7 +295,7 @@ def optimal_wasserstein(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
     slopes = torch.sign((q - p).cumsum(-1)[..., :-1])
     return F.pad((slopes * x.diff()).cumsum(-1), (1, 0))
 
-# %% ../nbs/foundations/03_games.ipynb #906a7447
+# %% ../nbs/foundations/03_games.ipynb #dea44483
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, u: Tensor) -> Tensor:
     """How far a critic's slope is from 1 between real and generated items, E (‖∇D(u x + (1 − u) x′)‖ − 1)².
 
@@ -305,17 +311,22 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
         Scalar ≥ 0, differentiable in the critic's parameters; to be weighted, customarily with 10.
 
     Raises:
-        ValueError: real, generated items and `u` do not fit.
+        ValueError: real, generated items and `u` do not fit, or the critic does not give each item a value of its own.
 
     References:
         Gulrajani et al. 2017, Eq. 3.
     """
-    if real.shape != fake.shape or u.shape != real.shape[:1]:
+    if real.shape != fake.shape or u.shape != real.shape[:1] or not bool(((u >= 0) & (u <= 1)).all()):
         raise ValueError(f"given real {tuple(real.shape)}, fake {tuple(fake.shape)}, u {tuple(u.shape)}; "
-                         f"accepted: real and fake of one shape (n, ...), and u (n,)")
+                         f"accepted: real and fake of one shape (n, ...), and u (n,) from 0 to 1")
     u = u.view(-1, *[1] * (real.ndim - 1))
     x = (u * real + (1 - u) * fake).detach().requires_grad_()
-    slope, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    values = critic(x)
+    known = values.requires_grad and values.shape == x.shape[:1]
+    slope, = torch.autograd.grad(values.sum(), x, create_graph=True, allow_unused=True) if known else (None,)
+    if slope is None:
+        raise ValueError(f"a critic with values {tuple(values.shape)} for items {tuple(x.shape)}; accepted: one value "
+                         f"for each item, (n,), that depends on it")
     return (slope.reshape(len(slope), -1).norm(dim=1) - 1).square().mean()
 
 # %% ../nbs/foundations/03_games.ipynb #662f7c17
@@ -340,7 +351,7 @@ GAMES: dict[str, Game] = {
     "wasserstein": Game(wasserstein_critic, wasserstein_generator),
 }
 
-# %% ../nbs/foundations/03_games.ipynb #1f84bba4
+# %% ../nbs/foundations/03_games.ipynb #9a54a426
 def optimal_classifier(real: Tensor, fake: Tensor) -> Tensor:
     """Best classifier of conditions on equal shares of real and generated pairs, (p(x, c) + q(x, c)) / (p(x) + q(x)).
 
@@ -352,10 +363,13 @@ def optimal_classifier(real: Tensor, fake: Tensor) -> Tensor:
         Its answers to each x, (..., nx, nc), each row summing to one; nan where neither makes x.
 
     Raises:
-        ValueError: an argument is not a distribution over its last two axes.
+        ValueError: an argument is not a distribution over its last two axes, or the shapes do not fit.
 
     References:
         Odena et al. 2017, the optimum of L_C; Liu et al. 2019 (CAGlow), Eq. 12.
     """
-    pairs = check_probs(real, "real", axes=2) + check_probs(fake, "fake", axes=2)
+    check_probs(real, "real", axes=2)
+    check_probs(fake, "fake", axes=2)
+    _check_shapes(real, fake, "real", "fake", axes=2)
+    pairs = real + fake
     return pairs / pairs.sum(-1, keepdim=True)

@@ -149,7 +149,7 @@ def table_html(rows: Iterable[dict[str, Any]]) -> str:
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{small}"
 
-# %% ../nbs/workshop/19_results.ipynb #89c83f30
+# %% ../nbs/workshop/19_results.ipynb #41c44f44
 FIELDS = tuple("experiment tier command rows config data source commit versions hardware hours".split())
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "scikit-learn", "accelerate")
 
@@ -233,10 +233,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
         missing = [f for f in FIELDS if f not in result]
         merge(result["rows"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path.name} is not a result: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not a result: {error}") from error
     if missing:
-        raise ValueError(f"{path.name} lacks {', '.join(missing)}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
     return result
 
 

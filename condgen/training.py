@@ -6,12 +6,13 @@
 __all__ = ['BAD_STEPS', 'STATE', 'VALIDATIONS', 'LOG_ROWS', 'Data', 'Order', 'reseed', 'allow', 'play', 'all_reduce_gradients',
            'average_buffers', 'start_equal', 'agree', 'over_all', 'optimizer_tensors', 'put_optimizer_tensors',
            'move_averages', 'swap', 'set_modes', 'Rounds', 'Trainer', 'free', 'with_lengths', 'difference',
-           'check_folder', 'check_conditions', 'settings_of', 'Diary', 'finished_run', 'after_the_round', 'train_stage',
-           'fit', 'accelerator_for']
+           'check_folder', 'check_conditions', 'decide_precision', 'settings_of', 'Diary', 'finished_run',
+           'after_the_round', 'train_stage', 'fit', 'check_same_folder', 'lone', 'without_gpus', 'accelerator_for']
 
-# %% ../nbs/workshop/14_training.ipynb #3755abf8
+# %% ../nbs/workshop/14_training.ipynb #0ff176a6
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .contracts import Batch, Model, Noise, Player, Stage, accepted, seed_of
-from .runs import (DamagedFile, Run, build, describe, load_state, make_folder, put_tensors, read_json, read_log,
-                          read_tensors, save, save_state, versions, write_atomically, write_json)
+from .runs import (DamagedFile, Run, build, describe, held, load_state, make_folder, put_tensors, read_json,
+                          read_log, read_weights, save, save_state, versions, write_atomically, write_json)
 
 # %% ../nbs/workshop/14_training.ipynb #91104583
 class Data(Protocol):
@@ -82,22 +83,25 @@ def allow(model: nn.Module, player: Player) -> None:
     for p in model.parameters():
         p.requires_grad_(id(p) in own)
 
-# %% ../nbs/workshop/14_training.ipynb #809b8429
-def play(player: Player, batch: Batch, model: nn.Module, accelerator: Any, whole: int) -> dict[str, Tensor]:
+# %% ../nbs/workshop/14_training.ipynb #c9012e34
+def play(player: Player, batch: Batch, model: nn.Module, accelerator: Any, whole: int,
+         bf16: bool = False) -> dict[str, Tensor]:
     """One turn of one player.
 
     Args:
         player: who plays.
         batch: what it sees; our rows of it.
         model: holds the parameters of all players.
-        accelerator: precision and processes.
+        accelerator: device and processes.
         whole: size of the batch over all processes.
+        bf16: compute the loss under bfloat16 autocast.
 
     Returns:
         The loss's terms as `player.term`, and the norm of the gradient before clipping as `player.norm`.
     """
     allow(model, player)
-    with torch.set_grad_enabled(bool(player.params)), accelerator.autocast():
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
+    with torch.set_grad_enabled(bool(player.params)), autocast:
         terms = player.loss(batch)
         total = sum(weight * value for weight, value in terms.values())
     values = {f"{player.name}.{name}": value.detach() for name, (_, value) in terms.items()}
@@ -233,7 +237,7 @@ def set_modes(model: nn.Module, moving: list[nn.Parameter]) -> None:
         if own and params and not any(id(p) in own for p in params):
             module.eval()
 
-# %% ../nbs/workshop/14_training.ipynb #19935f45
+# %% ../nbs/workshop/14_training.ipynb #6b138e84
 BAD_STEPS = 10  # in a row, before training gives up
 
 
@@ -287,7 +291,7 @@ class Rounds:
             for _ in range(player.repeats):
                 if player.fresh or batch is None:
                     batch = self.next_batch()
-                turn = play(player, batch, self.model, self.accelerator, stage.batch)
+                turn = play(player, batch, self.model, self.accelerator, stage.batch, stage.bf16)
                 self.watch(player, turn)
                 values |= turn
         self.seen, self.total = self.seen + stage.batch, self.total + stage.batch
@@ -308,7 +312,7 @@ class Rounds:
                 f"steps in a row: {', '.join(odd)}; a lower learning rate may help"
             )
 
-# %% ../nbs/workshop/14_training.ipynb #635ed634
+# %% ../nbs/workshop/14_training.ipynb #bcdc9ea9
 class Trainer(Rounds):
     """The state of one training: enters stages, keeps averages, saves and restores itself. Use `fit`.
 
@@ -345,6 +349,8 @@ class Trainer(Rounds):
             self.seen, self.draws, self.bad, self.history, self.best, self.average = 0, 0, {}, [], {}, {}
         self.model.to(self.accelerator.device).eval()
         free(self.model)
+        if self.accelerator.num_processes > 1:
+            start_equal(self.model)
         self.train = self.table("train")
         self.val = self.table("val") if stage.validate else {}
         size = len(next(iter(self.train.values())))
@@ -506,7 +512,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         raise ValueError(f"{folder} holds another run: its {found}; choose another folder, or delete this one")
     return card
 
-# %% ../nbs/workshop/14_training.ipynb #3e51215d
+# %% ../nbs/workshop/14_training.ipynb #3c1d5b18
 def check_conditions(model: Model, data: Data) -> None:
     """Let the model remember the data's condition rows, unless it knows some.
 
@@ -522,14 +528,32 @@ def check_conditions(model: Model, data: Data) -> None:
         model.remember_rows(data.table("train")["c"])
 
 
-def settings_of(model: Model, data: Data, stages: list[Stage], seed: int, accelerator: Any) -> dict[str, Any]:
-    """What makes a run this run and not another, as JSON."""
-    lengths = {stage.name: {"images": stage.images, "batch": stage.batch} for stage in stages}
-    return {**describe(model), "data": {"name": data.name, "sha256": data.sha256},
-            "training": {"seed": seed, "precision": str(accelerator.mixed_precision),
-                         "processes": accelerator.num_processes, "stages": lengths}}
+def decide_precision(stages: list[Stage], precision: str | None, accelerator: Any, folder: Path | None) -> None:
+    """Replace each stage's `bf16` by a decision, the same in all processes.
 
-# %% ../nbs/workshop/14_training.ipynb #16cbae69
+    Args:
+        stages: they are changed.
+        precision: as for `fit`; None: as the launcher says, or as the run in `folder` began, or as the stage says.
+        accelerator: device and processes.
+        folder: of the run, if it has one.
+    """
+    begun = folder and (folder / "card.json").exists() and read_json(folder / "card.json").get("training")
+    for stage in stages:
+        if precision or accelerator.mixed_precision == "bf16":
+            stage.bf16 = accelerator.mixed_precision == "bf16"
+        elif begun and "bf16" in begun["stages"].get(stage.name, {}):
+            stage.bf16 = begun["stages"][stage.name]["bf16"]
+        elif callable(stage.bf16):
+            stage.bf16 = bool(agree(stage.bf16(accelerator.device), accelerator))
+
+
+def settings_of(model: Model, data: Data, stages: list[Stage], seed: int, processes: int) -> dict[str, Any]:
+    """What makes a run this run and not another, as JSON."""
+    lengths = {stage.name: {"images": stage.images, "batch": stage.batch, "bf16": stage.bf16} for stage in stages}
+    return {**describe(model), "data": {"name": data.name, "sha256": data.sha256},
+            "training": {"seed": seed, "processes": processes, "stages": lengths}}
+
+# %% ../nbs/workshop/14_training.ipynb #efcf8b2a
 class Diary:
     """What a training writes while it runs: card, log and states. Only the main process writes.
 
@@ -550,13 +574,21 @@ class Diary:
         """Time spent on this training, over all its parts."""
         return self.before + time.monotonic() - self.started
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other trainings out of the folder while this one lasts; a bad folder is found at once."""
+        if not self.writes:
+            yield
+            return
+        make_folder(self.folder)
+        with held(self.folder):
+            yield
+
     def begin(self, settings: dict[str, Any], stage: int) -> None:
-        """Write a card for a run without one, before anything is computed: a bad folder is found at once."""
-        if self.writes:
-            make_folder(self.folder)
-            if not (self.folder / "card.json").exists():
-                card = {**settings, "stage": stage, "finished": False, "versions": versions()}
-                write_json(self.folder / "card.json", card)
+        """Write a card for a run without one, before anything is computed."""
+        if self.writes and not (self.folder / "card.json").exists():
+            card = {**settings, "stage": stage, "finished": False, "versions": versions()}
+            write_json(self.folder / "card.json", card)
 
     def cut(self, rows: int, seconds: float) -> None:
         """Go on after so many rows of the log."""
@@ -584,13 +616,13 @@ class Diary:
             save_state(self.folder, trainer.total, tensors, {**info, "log": len(self.log), "seconds": self.seconds})
         self.saved = time.monotonic()
 
-# %% ../nbs/workshop/14_training.ipynb #4231159f
+# %% ../nbs/workshop/14_training.ipynb #0d3ac183
 def finished_run(model: Model, stages: list[Stage], folder: Path, card: dict[str, Any]) -> Run | None:
     """A run that is over, with its weights put into `model`; None if it is not over or its weights are damaged."""
     if not card.get("finished"):
         return None
     try:
-        tensors, _ = read_tensors(folder / "model.safetensors")
+        tensors, _ = read_weights(folder)
     except (DamagedFile, FileNotFoundError):
         return None
     build(model, stages, card["stage"] + 1)
@@ -664,7 +696,7 @@ def train_stage(trainer: Trainer, diary: Diary, deadline: float, save_every: flo
                 return False
     return True
 
-# %% ../nbs/workshop/14_training.ipynb #4a6f32ec
+# %% ../nbs/workshop/14_training.ipynb #3c57e93f
 def fit(model: Model, data: Data, out: str | Path | None = None, *, images: int | Mapping[str, int] | None = None,
         batch: int | None = None, seed: int = 0, precision: str | None = None, budget: float | None = None,
         save_every: float = 60.0, progress: bool = True) -> Run:
@@ -677,7 +709,8 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *, images: int 
         images: length in images, of every stage or by stage name, instead of the model's own.
         batch: images per batch over all processes, instead of the model's own.
         seed: of all noise and of the data order. The weights' start is the caller's: seed before building the model.
-        precision: `"no"` or `"bf16"`; None: as `accelerate launch` says.
+        precision: `"no"` or `"bf16"` for all stages; None: as `accelerate launch` says, otherwise as each stage says.
+            A run goes on in the precision in which it began.
         budget: stop after so many seconds, in a state that can be resumed.
         save_every: seconds between states.
         progress: show a bar.
@@ -686,63 +719,109 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *, images: int 
         The run. Its model has the averaged or best weights where the stage keeps such, also after a stop by `budget`.
 
     Raises:
-        ValueError: unknown stage in `images`, `out` holds a run with other settings, or other conditions in `data`.
+        ValueError: unknown stage in `images`, a batch too small to normalise, `out` holds a run with other settings or
+            another process trains there, other conditions in `data`, or processes that do not see the same `out`.
         OSError: `out` cannot be written.
         FloatingPointError: gradients stay infinite or not a number; names stage, image, player and term.
     """
     accelerator = accelerator_for(precision)
     deadline = math.inf if budget is None else time.monotonic() + budget
     stages = with_lengths(model.stages(), images, batch)
-    if any(stage.batch < accelerator.num_processes for stage in stages):
-        raise ValueError(f"a batch for {accelerator.num_processes} processes; accepted: one image each, or more")
+    least = accelerator.num_processes * (2 if any(isinstance(m, nn.BatchNorm1d) for m in model.modules()) else 1)
+    for stage in stages:
+        if stage.batch < least:
+            raise ValueError(f"stage {stage.name!r}: batch={stage.batch} for {accelerator.num_processes} process(es); "
+                             f"accepted: {least} or more")
     check_conditions(model, data)
-    settings = settings_of(model, data, stages, seed, accelerator)
-    trainer = Trainer(model, data, seed, accelerator)
     diary, found = Diary(Path(out) if out is not None else None, accelerator), None
-    if diary.folder:
-        card = check_folder(diary.folder, settings)
-        done = finished_run(model, stages, diary.folder, card) if card else None
-        if done:
-            return done
-        found = load_state(diary.folder)
-        diary.begin(settings, model.built - 1)
-    if found:
-        trainer.restore(stages, *found)
-    diary.cut(found[1]["log"] if found else 0, found[1]["seconds"] if found else 0.0)
+    decide_precision(stages, precision, accelerator, diary.folder)
+    settings = settings_of(model, data, stages, seed, accelerator.num_processes)
+    trainer = Trainer(model, data, seed, accelerator)
+    card = check_folder(diary.folder, settings) if diary.folder else None
+    done = finished_run(model, stages, diary.folder, card) if card else None
+    if done:
+        check_same_folder(diary.folder, -1, accelerator)
+        return done
+    with diary.alone():
+        if diary.folder:
+            found = load_state(diary.folder)
+            check_same_folder(diary.folder, found[1]["total"] if found else 0, accelerator)
+            diary.begin(settings, model.built - 1)
+        if found:
+            trainer.restore(stages, *found)
+        diary.cut(found[1]["log"] if found else 0, found[1]["seconds"] if found else 0.0)
 
-    finished = True
-    for index, stage in enumerate(stages):
-        if index < trainer.stage_index or (index == trainer.stage_index and trainer.stage_over):
-            continue
-        if index > trainer.stage_index:
-            trainer.enter(stage, index)
-        finished = train_stage(trainer, diary, deadline, save_every, progress)
-        trainer.finish()
-        if not finished:
-            break
-        diary.keep(trainer)
-    seconds = diary.seconds
-    if diary.writes:
-        more = {k: v for k, v in settings.items() if k not in ("class", "arguments")}
-        save(model, diary.folder, **more, images=trainer.total, seconds=seconds, finished=finished,
-             threads=torch.get_num_threads())
-    accelerator.wait_for_everyone()
+        finished = True
+        for index, stage in enumerate(stages):
+            if index < trainer.stage_index or (index == trainer.stage_index and trainer.stage_over):
+                continue
+            if index > trainer.stage_index:
+                trainer.enter(stage, index)
+            finished = train_stage(trainer, diary, deadline, save_every, progress)
+            trainer.finish()
+            if not finished:
+                break
+            diary.keep(trainer)
+        seconds = diary.seconds
+        if diary.writes:
+            more = {k: v for k, v in settings.items() if k not in ("class", "arguments")}
+            save(model, diary.folder, **more, images=trainer.total, seconds=seconds, finished=finished,
+                 threads=torch.get_num_threads())
+        accelerator.wait_for_everyone()
     return Run(model.eval(), diary.folder, diary.log, finished, trainer.total, seconds)
 
 
-def accelerator_for(precision: str | None) -> Any:
-    """Device, precision and processes, as `accelerate launch` or the machine says.
+def check_same_folder(folder: Path, images: int, accelerator: Any) -> None:
+    """Refuse to go on where processes found different states: they would wait for each other forever.
+
+    No process comes back before all have looked, so that none sees what another one writes afterwards.
+
+    Args:
+        folder: the run folder.
+        images: how far the state has come that this process found there.
+        accelerator: this process among the others.
 
     Raises:
-        ValueError: a precision other than "no" and "bf16".
+        ValueError: the processes found different ones.
+    """
+    found = accelerator.gather(torch.tensor([images], device=accelerator.device)).tolist()
+    if len({*found}) > 1:
+        raise ValueError(f"the processes find different states in {folder}, of {', '.join(map(str, found))} images; "
+                         f"accepted: a folder that all machines share")
+
+
+def lone() -> bool:
+    """Whether `accelerate launch` was asked for several processes and started one, as it does without several GPUs.
+
+    Such a process has an address where the others could be met, and no number among them.
+    """
+    return {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= {*os.environ} and not any(
+        name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ)
+
+
+def without_gpus() -> bool:
+    """Whether processes have no devices of their own, so that they meet on the CPU."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is None or device.type == "mps"
+
+
+def accelerator_for(precision: str | None) -> Any:
+    """Device, precision and processes, as the launcher or the machine says; on the CPU, processes are joined by gloo.
+
+    Raises:
+        ValueError: a precision other than "no" and "bf16", or a launch of several processes that started one.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     if precision not in (None, "no", "bf16"):
         raise ValueError(f"precision={precision!r}; {accepted(['no', 'bf16'], precision)}")
+    if lone():
+        raise ValueError("accelerate launch was asked for several processes and started one; accepted: accelerate "
+                         "launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N, also without GPUs")
     AcceleratorState._reset_state()  # so that each call may choose its precision
-    accelerator = Accelerator(mixed_precision=precision)
+    joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and without_gpus()
+    accelerator = Accelerator(mixed_precision=precision, cpu=joined)  # unasked, CPU processes would not be joined
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"launched with precision {accelerator.mixed_precision!r}; {accepted(['no', 'bf16'])}")
     return accelerator

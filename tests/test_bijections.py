@@ -309,19 +309,19 @@ def test_couplings_leave_the_first_half_alone_and_use_it():
 def test_start_of_an_affine_coupling():
     a = torch.zeros(1, 2)
     for floor, scale in ((0.0, 0.8808), (0.1, 0.8927)):
-        assert abs(bj.AffineCoupling(mlp(2, 4), floor).shift_scale(a)[1].mean() - scale) < 1e-4
+        assert abs(bj.AffineCoupling(mlp(2, 4), floor).shift_scale(mlp(2, 4)(a))[1].mean() - scale) < 1e-4
 
 
 def test_whiten_is_a_split_prior():
     torch.manual_seed(0)
     layer, x = kick(bj.Whiten(conv(2, 4)), 0.5).to(F64), torch.randn(3, 4, 2, 2, dtype=F64)
     a, b = bj.halves(x)
-    mean, log_std = layer.mean_logstd(a)
+    mean, log_std = layer.mean_logstd(layer.net(a))
     prior = torch.distributions.Normal(mean, log_std.exp()).log_prob(b).sum((1, 2, 3))
     y, ladj = layer(x)
     assert torch.allclose(prior, bj.standard_normal_log_prob(bj.halves(y)[1]) + ladj)
     nn.init.constant_(layer.net[-1].bias, 1e6)
-    assert layer.mean_logstd(a)[1].abs().max() <= layer.bound
+    assert layer.mean_logstd(layer.net(a))[1].abs().max() <= layer.bound
 
 
 def test_squeeze_orders_pixels_and_refuses_odd_sides():

@@ -40,6 +40,9 @@ def test_width_stops_growing():
     assert widths == [2, 4, 8, 16, 16]
     widths = [m.out_channels for m in convolutions(upsampling(3, (1, 128, 128), 2)) if isinstance(m, nn.Conv2d)]
     assert widths == [16, 16, 8, 4, 2, 1]
+    for side in (64, 128, 256):
+        first, places = upsampling(3, (1, side, side), 2)[0], 16
+        assert first.out_features == places * 2 * min(8, side // 4)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 4, 4), (1, 16, 32), (1, 0, 0), (3, 24, 24)])
@@ -47,6 +50,30 @@ def test_other_sides_are_refused(shape):
     for call in (lambda: downsampling(shape, 4), lambda: upsampling(3, shape, 4)):
         with pytest.raises(ValueError, match=f"{shape[1]}×{shape[2]} pixels; accepted: squares with sides 8, 16"):
             call()
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "spectral"])
+def test_the_funnel_lets_a_fifth_of_negative_numbers_pass_and_the_generator_none(norm):
+    below = torch.tensor(-1.0)
+    for net, passes in ((downsampling((1, 32, 32), 2, norm)[0], -0.2), (upsampling(3, (1, 32, 32), 2, norm), 0.0)):
+        found = [m(below).item() for m in net if isinstance(m, nn.LeakyReLU)]
+        assert len(found) >= 3 and all(value == pytest.approx(passes) for value in found)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: downsampling((1, 8), 4), r"shape \(1, 8\); accepted: integers \(channels, side, side\)"),
+    (lambda: downsampling((1, 8.0, 8.0), 4), "accepted: integers"),
+    (lambda: upsampling(3, "abc", 4), "shape 'abc'; accepted: integers"),
+    (lambda: downsampling((0, 8, 8), 4), "channels=0; accepted: an integer, 1 or more"),
+    (lambda: downsampling((1, 8, 8), 0), "width=0; accepted: an integer, 1 or more"),
+    (lambda: upsampling(3, (1, 8, 8), -1), "width=-1; accepted"),
+    (lambda: downsampling((1, 8, 8), 4.5), "width=4.5; accepted"),
+    (lambda: upsampling(0, (1, 8, 8), 4), "dims=0; accepted"),
+    (lambda: upsampling(-1, (1, 8, 8), 4), "dims=-1; accepted"),
+])  # fmt: skip
+def test_other_sizes_are_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 def test_unknown_normalisation_is_refused():

@@ -442,5 +442,12 @@ def test_verbs_of_the_flow():
 def test_what_is_not_accepted(options, message):
     with pytest.raises(ValueError, match=message):
         CAGlow(**{"shape": (1, 8, 8), "conditions": [BAR], **SMALL, **options})
+
+
+def test_what_is_no_temperature_is_refused():
+    model = CAGlow((1, 8, 8), [BAR], **SMALL)
+    for t in (-1, float("nan"), None, "warm"):
+        with pytest.raises(ValueError, match="temperature=.*accepted: a number from 0 to 10"):
+            model.sample(2, temperature=t)
     with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar, u; did you mean 'bar'"):
         build().sample(2, bars=1)

@@ -7,6 +7,12 @@ import torch
 
 from condgen import figures as fg
 from condgen import metrics as mt
+from condgen.contracts import Classes
+from condgen.experiments.clusters import inferred, written
+from condgen.models.cglow import CGlow
+from condgen.models.classifier import Judge
+from condgen.models.glow import Glow
+from condgen.models.vaegan import GAN
 
 Y = torch.arange(5).repeat_interleave(20)
 
@@ -143,9 +149,15 @@ def test_wrong_clouds_are_refused():
     for bad in (a[:, :3], a[:1], a[0], a * math.nan):
         with pytest.raises(ValueError, match="accepted"):
             mt.knn_two_sample(bad, b)
-    for y, t in ((Y[:-1], Y), (Y, Y.clamp(max=3))):
-        with pytest.raises(ValueError, match="the same classes in both sets"):
+    unknown = torch.where(Y == 4, math.nan, Y.double())
+    for y, t in ((Y[:-1], Y), (Y, Y.clamp(max=3)), (Y[:, None], Y[:, None]), (Y.tolist(), Y), (unknown, unknown)):
+        with pytest.raises(ValueError, match="accepted"):
             mt.centroid_distance(a, y, b, t)
+        with pytest.raises(ValueError, match="accepted"):
+            mt.knn_two_sample(a, b, 5, y, t)
+    for y, t in ((Y, None), (None, Y)):
+        with pytest.raises(ValueError, match="labels of one set only; accepted: of both, or of none"):
+            mt.knn_two_sample(a, b, 5, y, t)
     with pytest.raises(ValueError, match="not apart"):
         mt.centroid_distance(torch.zeros(100, 2), Y, b[:, :2], Y)
     with pytest.raises(ValueError, match="2 or more classes"):
@@ -154,6 +166,85 @@ def test_wrong_clouds_are_refused():
         mt.fisher_directions(torch.cat([a, a[:, :1]], 1), Y)
     with pytest.raises(ValueError, match="2 classes"):
         mt.fisher_directions(a, Y * 0)
+    for y in (unknown, Y[:-1], Y.tolist()):
+        with pytest.raises(ValueError, match="accepted"):
+            mt.fisher_directions(a, y)
+
+
+# latents -------------------------------------------------------------------------------------------------------------
+
+
+def flow(kind=CGlow):
+    """A flow with class-dependent (or one) prior whose means and spreads are far from those of white noise."""
+    torch.manual_seed(0)
+    schema = [Classes("digit", 10)]
+    model = kind((1, 8, 8), schema, 2, 1, 4) if kind is CGlow else kind((1, 8, 8), levels=2, depth=1, width=4)
+    for p in (model.prior_weight, model.prior_bias):
+        p.data = 0.7 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [Glow, CGlow])
+def test_written_latents_of_all_classes_together_are_white(kind):
+    """Means and variances of 20,000 latents in each column within 5.5 standard errors (kurtosis at most 3)."""
+    n, model = 20_000, flow(kind)
+    z = written(model, torch.arange(n) % 10).double()
+    assert z.shape == (n, 64) and z.mean(0).abs().max() < 5.5 / math.sqrt(n)
+    assert (z.var(0) - 1).abs().max() < 5.5 * math.sqrt(2 / n) * (3 if kind is CGlow else 1)
+    if kind is CGlow:
+        means = torch.stack([z[k::10, : model.top].mean(0) for k in range(10)])
+        assert means.var(0).mean() > 0.2  # and yet each class has a place of its own
+
+
+def test_written_latents_of_a_class_are_drawn_from_its_prior():
+    """Mean and log σ of one class, brought into class-blind units by those of all; a cold class is one point."""
+    n, model = 20_000, flow()
+    mean, log_std = model.prior(torch.eye(10))
+    centre = mean.mean(0)
+    scale = ((2 * log_std).exp().mean(0) + mean.var(0, unbiased=False)).sqrt()
+    for k, t in ((3, 1.0), (7, 0.5)):
+        z = written(model, torch.full((n,), k), temperature=t)[:, : model.top]
+        std = t * log_std[k].exp() / scale
+        assert ((z.mean(0) - (mean[k] - centre) / scale).abs() < 5.5 * std / math.sqrt(n)).all()
+        assert ((z.std(0) / std - 1).abs() < 5.5 / math.sqrt(2 * n)).all()
+    cold = written(model, Y, temperature=0.0)
+    for k in range(5):
+        want = torch.zeros(20, 64)
+        want[:, : model.top] = (mean[k] - centre) / scale
+        assert torch.allclose(cold[Y == k], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Glow, CGlow])
+def test_inferred_latents_are_those_of_the_dequantised_image(kind):
+    """Taking whitening and flow back gives a point of the image's own bin, another one for another seed."""
+    model, x = flow(kind), torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(1)) / 255
+    mean, log_std = model.prior(torch.eye(10) if kind is CGlow else torch.zeros(1, 0))
+    centre = mean.mean(0)
+    scale = ((2 * log_std).exp().mean(0) + mean.var(0, unbiased=False)).sqrt()
+    places = []
+    for seed in range(20):
+        z = inferred(model, x, seed).detach()
+        with torch.no_grad():
+            raw = torch.cat([z[:, : model.top] * scale + centre, z[:, model.top :]], 1)
+            places.append(256 * (model.flow.inverse(raw) + 0.5) - 255 * x)
+    inside = torch.stack(places)
+    assert -1e-2 < inside.min() < 0.05 and 0.95 < inside.max() < 1 + 1e-2
+    assert abs(inside.mean() - 0.5) < 5.5 / math.sqrt(12 * inside.numel())
+    assert torch.equal(inferred(model, x, 3), inferred(model, x, 3))
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: inferred(GAN((1, 8, 8), 4, 2), torch.rand(2, 1, 8, 8)), "GAN has no flow; accepted: a Glow, a CGlow or"),
+    (lambda: inferred(Judge((1, 8, 8), [Classes("a", 9)], 4), torch.rand(2, 1, 8, 8)), "Judge has no flow; accepted"),
+    (lambda: written(GAN((1, 8, 8), 4, 2), torch.tensor([1, 2])), "GAN has no flow; accepted"),
+    (lambda: written(flow(), torch.tensor([11])), "accepted: integers 0 to 9"),
+    (lambda: inferred(flow(), torch.rand(2, 1, 16, 16)), r"images of shape \(2, 1, 16, 16\); accepted"),
+    (lambda: inferred(flow(), 9 * torch.rand(2, 1, 8, 8)), r"accepted: finite floats in \[0, 1\]"),
+    (lambda: inferred(flow(), torch.rand(0, 1, 8, 8)), "number of images=0; accepted: an integer, 1 or more"),
+])  # fmt: skip
+def test_models_and_images_without_latents_are_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 # the picture ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from condgen.contracts import (
     Schema,
     Stage,
     accepted,
+    check_temperature,
     draw_rows,
     seed_of,
 )
@@ -295,12 +296,32 @@ def test_every_row_can_be_drawn_and_no_other():
     assert draw_rows(rows, counts, u)[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("n", [0, -1, 2.5, 2.0, "2", None, True, math.nan])
+def test_only_whole_numbers_count_images(n):
+    with pytest.raises(ValueError, match="accepted: an integer, 1 or more"):
+        Plain((1, 1, 1)).condition(n)
+    assert len(Plain((1, 1, 1)).condition(np.int64(3))) == 3
+
+
+@pytest.mark.parametrize("value", [-0.1, 10.1, math.nan, math.inf, None, "warm", True, [1.0], 1j])
+def test_only_numbers_from_0_to_10_are_temperatures(value):
+    with pytest.raises(ValueError, match="accepted: a number from 0 to 10"):
+        check_temperature(value)
+    assert [check_temperature(t) for t in (0, 0.7, 10, np.float32(0.5))] == [0, 0.7, 10, 0.5]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (0, 2, 2), (1, 2.0, 2.0), "abc", (1, 2, None)])
+def test_only_whole_numbers_are_shapes(shape):
+    with pytest.raises(ValueError, match=r"accepted: \(channels, height, width\)"):
+        Plain(shape)
+
+
 def test_condition_fills_in_what_is_given():
     model = Plain((1, 1, 1), [Classes("k", 3), Code("u")])
     c = model.condition(4, torch.Generator().manual_seed(0), k=[0, 1, 2, 0])
     assert model.conditions.unpack(c)["k"].tolist() == [0, 1, 2, 0]
     assert torch.equal(c, model.condition(4, torch.Generator().manual_seed(0), k=[0, 1, 2, 0]))
-    for bad in ({"n": 0}, {"n": 2, "j": 1}, {"n": 2, "k": 5}):
+    for bad in ({"n": 0}, {"n": 2, "j": 1}, {"n": 2, "k": 5}, {"n": 2, "generator": 3}):
         with pytest.raises(ValueError, match="accepted"):
             model.condition(**bad)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from condgen.contracts import Binary, Classes, Code, Condition, Model, Real, Schema
-from condgen.explore import LATEST, Explorer, Setting, between, explore, labels_of, range_of, sheet_png, step_of
+from condgen.explore import LATEST, SOON, Explorer, Setting, between, explore, labels_of, range_of, sheet_png, step_of
 
 TOY = '''
 import torch
@@ -154,6 +154,28 @@ def test_between_is_a_straight_line_of_packed_conditions(data: st.DataObject) ->
             assert isinstance(value, int)
 
 
+@pytest.mark.parametrize("item", [Real("r", -2 / 3, 2 / 3), Real("r", -1e6 - 2 / 3, 2 / 3)])
+def test_between_never_leaves_the_range(item: Condition) -> None:
+    """2/3 rounds up: what is rounded for reading has to be kept inside."""
+    for end in (item.low, item.high):
+        value = between(Schema(item), {"r": end}, {"r": end * (1 - 1e-9)}, 0.5)["r"]
+        assert item.low <= value <= item.high and abs(value - end) < 1e-6 * (item.high - item.low)
+
+
+@FAST
+@given(schemas())
+def test_numbers_start_in_the_middle_on_a_step_of_their_slider(schema: Schema) -> None:
+    setting = Setting(schema)
+    for item in schema:
+        low, high = range_of(item)
+        for control in setting.controls[item.name]:
+            if isinstance(item, Real) or isinstance(item, Code) and item.kind == "uniform":
+                steps, off = (control.value - low) / control.step, control.value - (low + high) / 2
+                assert abs(steps - round(steps)) < 1e-6 and abs(off) <= 0.5001 * control.step
+            else:
+                assert control.value == low
+
+
 @FAST
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_steps_are_round(low: float, span: float) -> None:
@@ -258,8 +280,9 @@ def test_errors_are_shown() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"n": 0}, "n=0 images; accepted: an integer, 1 or more"),
-        ({"n": 2.5}, "n=2.5 images; accepted: an integer, 1 or more"),
+        ({"n": 0}, "n=0; accepted: an integer, 1 or more"),
+        ({"n": 2.5}, "n=2.5; accepted: an integer, 1 or more"),
+        ({"n": True}, "n=True; accepted: an integer, 1 or more"),
         ({"knd": 1}, "unknown condition 'knd'; accepted: kind, age, u; did you mean 'kind'?"),
         ({"kind": 3}, "kind=3; accepted: an integer from 0 to 2"),
         ({"kind": [0.5, 0.5, 0.0]}, "accepted: an integer from 0 to 2"),
@@ -317,6 +340,46 @@ def test_many_moves_are_one_picture(toy: Explorer) -> None:
     asyncio.run(drag())
     toy.way.value = 0.75
     assert len(pictures) == 3 and torch.equal(pictures[2], run(toy.code, toy.model))
+
+
+def test_moves_without_a_pause_are_drawn_after_a_while(toy: Explorer) -> None:
+    """While a slider is dragged for twice `LATEST`, faster than `SOON`, a picture is due at once."""
+
+    async def drag() -> bool:
+        loop = asyncio.get_running_loop()
+        end, i = loop.time() + 2 * LATEST, 0
+        while loop.time() < end:
+            time.sleep(SOON / 10)  # the loop gets no chance to draw
+            toy.way.value, i = 0.5 + 1e-3 * (i % 2), i + 1
+        return toy.due.when() <= loop.time()
+
+    assert asyncio.run(drag())
+
+
+def test_drawing_takes_one_thread_and_gives_the_others_back() -> None:
+    seen, before = [], torch.get_num_threads()
+
+    class Counts(Toy):
+        def sample(self, n: int, temperature: float = 1.0, **values: Any) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().sample(n, temperature, **values)
+
+    torch.set_num_threads(2)
+    try:
+        explore(Counts((1, 2, 2), [Binary("b")]), 1)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("own", "top"), [(0.7, 1.5), (1.5, 1.5), (3.0, 3.0)])
+def test_the_temperature_goes_beyond_the_models_own_to_at_least_one_and_a_half(own: float, top: float) -> None:
+    class Warm(Toy):
+        def sample(self, n: int, temperature: float = own, **values: Any) -> torch.Tensor:
+            return super().sample(n, temperature, **values)
+
+    made = explore(Warm((1, 2, 2), []), 1).temperature
+    assert (made.min, made.value, made.max) == (0, own, top)
 
 
 # ---- a real kernel

@@ -86,6 +86,22 @@ def check(folder, whole):
 
 
 @forks
+def test_a_second_training_in_the_same_folder_is_refused_and_the_first_one_unharmed(whole, tmp_path):
+    state = tmp_path / "run" / "state"
+    number = child(tmp_path, *SAVING)
+    while not generations(state):
+        time.sleep(0.001)
+    os.kill(number, signal.SIGSTOP)  # it is still there when the second one comes
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    code, said = condgen(tmp_path, *TRAIN, "--budget", "0s")
+    assert code == 2 and "condgen: another process trains in run; accepted" in said and "Traceback" not in said
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    os.kill(number, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
+    check(tmp_path, whole)
+
+
+@forks
 def test_killed_twenty_times(whole, tmp_path):
     """Signal 9 at twenty random moments, half of them in the middle of writing a state; then the same command."""
     dice, writing, state = random.Random(0), 0, tmp_path / "run" / "state"

@@ -219,6 +219,22 @@ def test_games_by_name():
         gm.GAMES["hinge"].critic = gm.minimax
 
 
+def test_every_game_is_the_losses_of_its_paper():
+    real, fake = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cross = -real.sigmoid().log().mean() - (1 - fake.sigmoid()).log().mean()
+    squares = ((real - 1).square().mean() + fake.square().mean()) / 2
+    margins = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    wanted = {
+        "saturating": (cross, (1 - fake.sigmoid()).log().mean()),
+        "non_saturating": (cross, -fake.sigmoid().log().mean()),
+        "least_squares": (squares, (fake - 1).square().mean() / 2),
+        "hinge": (margins, -fake.mean()),
+        "wasserstein": (fake.mean() - real.mean(), -fake.mean()),
+    }
+    for name, game in gm.GAMES.items():
+        assert close(game.critic(real, fake), wanted[name][0]) and close(game.generator(fake), wanted[name][1]), name
+
+
 # gradient penalty ----------------------------------------------------------------------------------------------------
 
 @laws
@@ -282,7 +298,8 @@ def test_logit_of_pairs_splits(seed, nx, nc):
 
 # errors --------------------------------------------------------------------------------------------------------------
 
-good, bad = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.6])
+good, bad, three = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.6]), torch.tensor([0.2, 0.3, 0.5])
+items, u = torch.zeros(3, 2), torch.zeros(3)
 
 
 @pytest.mark.parametrize("call, says", [
@@ -294,8 +311,18 @@ good, bad = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.6])
     (lambda: gm.earth_mover(good, good, torch.tensor([1.0, 0.0])), "accepted: increasing positions"),
     (lambda: gm.optimal_wasserstein(good, good, torch.arange(3.0)), r"positions of shape \(3,\)"),
     (lambda: gm.optimal_classifier(torch.ones(2, 2), torch.eye(2) / 2), "real must be probabilities"),
-    (lambda: gm.gradient_penalty(torch.sum, torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(3)), r"fake \(2, 2\)"),
-    (lambda: gm.gradient_penalty(torch.sum, torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 1)), r"u \(3, 1\)"),
+    (lambda: gm.earth_mover(good, three, torch.arange(2.0)), "accepted: the same last axis"),
+    (lambda: gm.earth_mover(good, good, torch.tensor([0.0, math.inf])), "accepted: increasing.*finite"),
+    (lambda: gm.earth_mover(good, good, [0.0, 1.0]), "positions of type list"),
+    (lambda: gm.optimal_classifier(torch.ones(2, 2) / 4, torch.ones(2, 3) / 6), r"fake \(2, 3\); accepted: the same"),
+    (lambda: gm.gradient_penalty(torch.sum, items, torch.zeros(2, 2), u), r"fake \(2, 2\)"),
+    (lambda: gm.gradient_penalty(torch.sum, items, items, u[:, None]), r"u \(3, 1\)"),
+    (lambda: gm.gradient_penalty(torch.sum, items, items, u + 5), "from 0 to 1"),
+    (lambda: gm.gradient_penalty(lambda x: x, items, items, u), r"values \(3, 2\) for items \(3, 2\); accepted: one"),
+    (lambda: gm.gradient_penalty(lambda x: u, items, items, u), "accepted: one value for each item"),
+    (lambda: gm.gradient_penalty(lambda x: u.clone().requires_grad_(), items, items, u), "that depends on it"),
+    *((lambda f=f: f(good, three), r"q \(3,\); accepted: the same last axis")
+      for f in (gm.optimal_logit, gm.optimal_least_squares, gm.chi_square, gm.optimal_hinge, gm.total_variation)),
 ])
 def test_errors_name_what_was_given(call, says):
     with pytest.raises(ValueError, match=says):

@@ -149,7 +149,7 @@ def test_whitened_density_is_the_sum_of_the_priors(cls, levels, coupling):
     for layer in (layer for level in model.flow.levels for layer in level.layers):
         if isinstance(layer, Whiten):
             x, out = halves(x)
-            mean, log_std = layer.mean_logstd(x)
+            mean, log_std = layer.mean_logstd(layer.net(x))
             total = total + normal(mean, log_std.exp()).log_prob(out).sum((1, 2, 3))
         else:
             x, ladj = layer(x)

@@ -96,10 +96,13 @@ def test_frechet_blocks_and_counts():
     for bad in (x[:100], x[:0], x[:200]):
         with pytest.raises(ValueError, match="multiple of the 180"):
             mt.frechet(bad, y, flat)
+    with pytest.raises(ValueError, match="0 reference images"):
+        mt.frechet(x, y[:0], flat)
     for a, b in (
         (torch.zeros(1, 3), torch.zeros(4, 3)),
         (torch.zeros(4, 3), torch.zeros(4, 2)),
         (torch.zeros(4), torch.zeros(4)),
+        (torch.full((4, 3), math.nan), torch.zeros(4, 3)),
     ):
         with pytest.raises(ValueError, match="accepted"):
             mt.frechet_distance(a, b)
@@ -109,7 +112,13 @@ def test_frechet_blocks_and_counts():
 
 
 def test_accuracy_by_hand():
-    assert mt.accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 3])) == 0.75
+    y = torch.tensor([1, 2, 3, 4])
+    assert mt.accuracy(y, torch.tensor([1, 2, 3, 3])) == 0.75
+    for wanted in (y[:1], y[:0], y[:3], y[None]):
+        with pytest.raises(ValueError, match="accepted: as many"):
+            mt.accuracy(y, wanted)
+    with pytest.raises(ValueError, match="1 or more"):
+        mt.accuracy(y[:0], y[:0])
 
 
 def test_diversity_by_hand():
@@ -269,6 +278,69 @@ def test_temperature(toys):
     assert best == min(results, key=lambda t: results[t]["frechet"])
 
 
+RESULT = {"accuracy": 0.9, "frechet": 1.0, "diversity_pixel": 0.9, "diversity_feature": 0.9,
+          "diversity_pixel_min": 0.7, "diversity_feature_min": 0.7}  # fmt: skip
+
+
+@pytest.mark.parametrize(("results", "best"), [
+    ({0.5: {"accuracy": 0.99}, 0.8: {"accuracy": 0.95}, 1.0: {}}, 0.5),  # of the diverse ones the most accurate
+    ({0.5: {}, 0.8: {}}, 0.8),  # if equally accurate, the hotter one
+    ({0.5: {"accuracy": 0.99, "diversity_pixel": 0.8}, 0.8: {}}, 0.8),  # the smaller diversity counts, whichever it is
+    ({0.5: {"accuracy": 0.99, "diversity_feature": 0.8}, 0.8: {}}, 0.8),
+    ({0.5: {"accuracy": 0.99, "diversity_pixel_min": 0.6}, 0.8: {}}, 0.8),  # a class far behind counts, too
+    ({0.5: {"accuracy": 0.99, "diversity_feature_min": 0.6}, 0.8: {}}, 0.8),
+    ({0.5: {"diversity_pixel": 0.5}, 0.8: {"diversity_pixel": 0.6}, 1.0: {"diversity_feature": 0.4}}, 0.8),
+])  # fmt: skip
+def test_which_temperature_serves_best(toys, monkeypatch, results, best):
+    data, model, judge = toys
+    monkeypatch.setattr(mt, "evaluate", lambda model, judge, data, condition, n, t, *rest: RESULT | results[t])
+    assert mt.choose_temperature(model, judge, data, list(results))[0] == best
+
+
+def test_the_floor_uses_as_many_real_images_as_there_are_samples(toys):
+    data, model, judge = toys
+    real, train = data.images_of("test"), data.images_of("train")
+    for n, k in ((360, 1), (720, 2)):
+        pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: k * 360]
+        want = mt.frechet(train[pick], real, lambda x: x.flatten(1))
+        assert mt.evaluate(model, judge, data, n=n)["frechet_floor"] == pytest.approx(want)
+
+
+def test_the_first_condition_of_the_model_is_balanced():
+    a, b, c = Classes("a", 2), Binary("b"), Real("c", 0, 1)
+    cases = ([c, a, b], [b, a], "a"), ([b, a], [a, b], "b"), ([c, b], [a, b, c], "b"), ([c], [c], None)
+    for own, known, name in cases:
+        assert mt.balanced(Model((1, 2, 2), own), Shapes(*known)) == name
+
+
+@pytest.mark.parametrize(("logit", "read"), [(0.2, 1), (-0.2, 0), (3.0, 1), (-3.0, 0)])
+def test_a_binary_property_is_read_as_its_likelier_value(logit, read):
+    class Reader:
+        conditions = Schema([Binary("b")])
+
+        def logits(self, x):
+            return torch.full((len(x), 1), logit)
+
+    assert mt.read_by(Reader(), torch.zeros(2, 1, 4, 4), "b").tolist() == [read, read]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"condition": "digt"}, "unknown condition 'digt'; accepted: digit; did you mean 'digit'"),
+    ({"n": -1}, "n=-1; accepted: an integer, 1 or more"), ({"n": 360.0}, "n=360.0; accepted: an integer"),
+    ({"judge": nn.Linear(1, 1)}, "Linear has no features; accepted: a judge"),
+])  # fmt: skip
+def test_what_is_not_evaluated(toys, options, message):
+    data, model, judge = toys
+    with pytest.raises(ValueError, match=message):
+        mt.evaluate(**{"model": model, "judge": judge, "data": data, **options})
+
+
+def test_no_temperature_is_not_chosen_from(toys):
+    data, model, judge = toys
+    with pytest.raises(ValueError, match="no temperatures; accepted: one or more"):
+        mt.choose_temperature(model, judge, data, [])
+
+
 def test_fingerprint(toys):
     *_, judge = toys
     assert mt.fingerprint(judge).startswith("Nearest@sha256:")
@@ -370,6 +442,14 @@ def test_other_files_are_not_results(tmp_path, text):
     (tmp_path / "b.json").write_text(json.dumps({k: v for k, v in good.items() if k != "source"}))
     with pytest.raises(ValueError, match="lacks source"):
         rs.read_results(tmp_path / "b.json")
+
+
+def test_folders_and_towers_of_brackets_are_not_results(tmp_path, monkeypatch):
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "c.json", tmp_path):
+        with pytest.raises(ValueError, match=f"{path} is not a result"):
+            rs.read_results(path)
 
 
 class Shapes:

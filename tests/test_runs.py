@@ -21,6 +21,7 @@ from condgen.runs import (
     describe,
     digest,
     generations,
+    held,
     load,
     load_state,
     read_json,
@@ -96,7 +97,7 @@ def test_a_fresh_process_draws_the_same_samples(tmp_path):
     assert done.stdout.strip() == hashlib.sha256(here.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_load_is_bit_equal_in_every_precision(tmp_path, dtype):
     model = toy().to(dtype)
     save(model, tmp_path, note="kept")
@@ -170,6 +171,60 @@ def test_missing_and_foreign_names_are_refused(tmp_path):
             load(tmp_path, cls=type(model))
 
 
+ROWS = {"rows": torch.eye(3).flip(0), "row_counts": torch.tensor([1, 2, 1])}
+
+
+@pytest.mark.parametrize("wrong", [
+    {"row_counts": ROWS["row_counts"][:2]}, {"row_counts": 0 * ROWS["row_counts"]}, {"row_counts": -ROWS["row_counts"]},
+    {"row_counts": torch.arange(1, 9)}, {"row_counts": torch.tensor(3)}, {"row_counts": torch.ones(3)},
+    {"rows": torch.ones(3)}, {"rows": torch.ones(3, 2)}, {"rows": torch.full((3, 3), float("nan"))},
+    {"rows": torch.eye(3).long()}, {"net.0.bias": torch.arange(4)}, {"net.0.bias": torch.ones(4).cfloat()},
+])  # fmt: skip
+def test_weights_that_cannot_work_are_refused_in_spite_of_a_good_checksum(tmp_path, wrong):
+    model, path = toy(), tmp_path / "model.safetensors"
+    save(model, tmp_path)
+    tensors, meta = read_tensors(path)
+    assert torch.equal(tensors["rows"], ROWS["rows"]) and torch.equal(tensors["row_counts"], ROWS["row_counts"])
+    write_tensors(path, tensors | wrong, **meta)
+    with pytest.raises(DamagedFile, match="model.safetensors does not fit Toy: "):
+        load(tmp_path, cls=type(model))
+
+
+@pytest.mark.parametrize("meta", ["[]", "null", "{", "1", "[" * 100_000])
+def test_meta_that_is_no_object_is_refused_in_spite_of_a_good_checksum(tmp_path, meta):
+    from safetensors.torch import save_file
+
+    w = {"w": torch.ones(2)}
+    save_file(w, tmp_path / "t.safetensors", {"sha256": digest(w, meta), "meta": meta})
+    with pytest.raises(DamagedFile, match="t.safetensors is damaged"):
+        read_tensors(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize("stage", [3, 10**30, 1e30, -2, -5, 0.5, "0", None])
+def test_a_stage_that_there_is_not_is_refused(stage):
+    with pytest.raises(ValueError, match="the card's arguments do not fit Growing"):
+        rebuild({**describe(Growing()), "stage": stage}, cls=Growing)
+
+
+def test_a_fact_that_json_cannot_hold_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="Tensor is not JSON serializable; accepted: numbers, text"):
+        save(toy(), tmp_path / "run", mean=torch.ones(1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_training_at_a_time_has_a_folder(tmp_path):
+    code = "import sys, pathlib; from condgen.runs import held\nwith held(pathlib.Path(sys.argv[1])): print('in')"
+    other = lambda folder: subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    (tmp_path / "next").mkdir()
+    with held(tmp_path):
+        refused = other(tmp_path)
+        assert refused.returncode and f"another process trains in {tmp_path}; accepted" in refused.stderr
+        assert other(tmp_path / "next").stdout == "in\n"
+    with pytest.raises(KeyError), held(tmp_path):
+        raise KeyError  # an accident frees it, too
+    assert other(tmp_path).stdout == "in\n" and [p.name for p in tmp_path.iterdir()] == ["next"]
+
+
 def test_weights_of_another_class_are_refused(tmp_path):
     save(toy(), tmp_path / "toy")
     save(Growing(), tmp_path / "growing")
@@ -184,7 +239,7 @@ def test_nothing_to_load_says_what_would_be(tmp_path):
     write_json(tmp_path / "card.json", describe(toy()))
     with pytest.raises(FileNotFoundError, match="no weights yet: its training was interrupted"):
         load(tmp_path)
-    for text in ("[1]", "{", "\x00", '{"a": NaN', "[" * 100_000):
+    for text in ("[1]", "{", "\x00", '{"a": NaN', "[" * 100_000, '{"class": ' + "9" * 5000 + "}"):
         (tmp_path / "card.json").write_text(text)
         with pytest.raises(DamagedFile, match=r"card\.json (is not JSON|holds list)"):
             load(tmp_path)

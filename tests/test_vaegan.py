@@ -1,5 +1,6 @@
 """Laws of GAN and ACGAN: the objective on finite sums, who moves what, every kind of condition, refusals, reload."""
 
+import dataclasses
 import math
 from functools import cache
 
@@ -89,6 +90,44 @@ def test_terms_are_those_of_the_equations():
         assert weight == 1 and torch.isclose(value, hand[name], atol=1e-6)
     assert second["G"][0] == 2.0 and torch.isclose(second["G"][1], hand["G"], atol=1e-6)
     assert second["C_bar"][0] == 0.3 and torch.isclose(second["C_bar"][1], hand["generator's C_bar"], atol=1e-6)
+
+
+def test_each_term_of_the_discriminator_weighs_one_and_so_do_the_generators_that_nobody_weighs():
+    model = build((BAR, Code("u", 2)))
+    first, second = model.discriminator_loss(a_batch(model)), model.generator_loss(a_batch(model))
+    for terms, names in ((first, {"D", "C_bar", "C_bar_fake", "De_u"}), (second, {"G", "C_bar", "De_u"})):
+        assert {(name, weight) for name, (weight, _) in terms.items()} == {(name, 1) for name in names}
+
+
+def test_codes_of_imagined_images_are_uniform_and_conditions_those_of_the_batch():
+    """Of 600 codes: mean and share below 0 within 5.5 standard errors, both ends reached."""
+    model = build((BAR, Code("u", 2)))
+    batch = a_batch(model, 300)
+    c = model.imagine(batch)[1]
+    u = c[:, 3:]
+    assert torch.equal(c[:, :3], batch.c) and -1 <= u.min() < -0.97 < 0.97 < u.max() <= 1
+    assert abs(u.mean()) < 5.5 / math.sqrt(3 * 600) and abs((u < 0).float().mean() - 0.5) < 5.5 / math.sqrt(4 * 600)
+
+
+def test_the_learning_rate_falls_in_the_second_half_and_averages_are_kept():
+    stage, = build().stages()
+    for progress, factor in ((0, 1), (0.25, 1), (0.5, 1), (0.75, 0.5), (0.9, 0.2), (1, 0.02)):
+        assert stage.schedule(progress) == pytest.approx(factor)
+    assert 0.9 <= stage.ema < 1
+    new = lambda: build(noise=2, width=2)
+    averaged, last = new(), new()
+    last.stages = lambda: [dataclasses.replace(stage, players=last.players, ema=0.0)]
+    for model in (averaged, last):
+        fit(model, Bars(), images=64, progress=False)
+    assert not torch.equal(averaged.real.weight, last.real.weight)  # the same steps, but other weights at the end
+
+
+def test_widths_and_normalisations():
+    model = build(width=5)
+    kinds = [type(m).__name__ for m in model.generator]
+    assert model.trunk[0].out_channels == 10 and model.generator[-1].in_channels == 5
+    assert kinds.count("BatchNorm1d") == 1 and kinds.count("BatchNorm2d") == 1
+    assert not any("Norm" in type(m).__name__ for m in model.trunk)
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -223,6 +262,12 @@ def test_temperature_and_generator():
     assert torch.equal(model.sample(5, generator=seeded(6)), model.sample(5, generator=seeded(6)))
     cold = model.sample(5, temperature=0.0, bar=1, u=0.3)
     assert torch.equal(cold, cold[:1].expand_as(cold))
+    for t in (0.3, 1.7):  # the noise is standard normal, times the temperature
+        g = seeded(7)
+        c = model.condition(4, g, bar=1)
+        z = torch.randn(4, model.noise, generator=g)
+        with torch.no_grad():
+            assert torch.equal(model.sample(4, t, seeded(7), bar=1), model.generate(c, t * z))
     warm = [model.sample(200, temperature=t, generator=seeded(1), bar=1, u=0.3).std(0).mean() for t in (0.5, 1.0)]
     assert warm[0] < warm[1]
 
@@ -240,12 +285,40 @@ def test_missing_verbs_are_absent(verb):
     ({"weights": {"Dee": 1.0}}, "weight of loss 'Dee'; accepted: G, C, De; did you mean 'De'"),
     ({"conditions": []}, "ACGAN without conditions; accepted: one or more conditions or codes"),
     ({"shape": (1, 28, 28)}, "28×28 pixels; accepted: squares with sides 8, 16"),
+    ({"game": ["hinge"]}, r"game=\['hinge'\]; accepted"),
+    ({"noise": 0}, "noise=0; accepted: an integer, 1 or more"), ({"noise": -1}, "noise=-1; accepted"),
+    ({"width": 0}, "width=0; accepted: an integer, 1 or more"), ({"width": 2.5}, "width=2.5; accepted"),
+    ({"lr": -1.0}, "lr=-1.0; accepted: a finite number, 0 or more"), ({"lr": math.nan}, "lr=nan; accepted"),
+    ({"lr": "x"}, "lr='x'; accepted"), ({"weights": {"C": "x"}}, "weight of C='x'; accepted"),
+    ({"weights": {"C": math.nan}}, "weight of C=nan; accepted"), ({"weights": [1]}, r"weights=\[1\]; accepted"),
 ])  # fmt: skip
 def test_what_is_not_accepted(options, message):
     with pytest.raises(ValueError, match=message):
         ACGAN(**{"shape": (1, 8, 8), "conditions": [BAR], **SMALL, **options})
     with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar; did you mean 'bar'"):
         build().sample(2, bars=1)
+
+
+@pytest.mark.parametrize("options", [{"noise": 0}, {"noise": -1}, {"width": 0}, {"lr": -1.0}, {"lr": math.nan}])
+def test_what_a_gan_does_not_accept(options):
+    with pytest.raises(ValueError, match="; accepted"):
+        GAN((1, 8, 8), **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("options", [
+    {"n": 2.5}, {"n": "2"}, {"n": True}, {"n": 0}, {"temperature": math.nan}, {"temperature": -1},
+    {"temperature": None}, {"temperature": "a"}, {"temperature": 11}, {"generator": 3},
+])  # fmt: skip
+def test_what_cannot_be_sampled(options):
+    with pytest.raises(ValueError, match="; accepted"):
+        build().sample(**{"n": 2, **options})
+
+
+def test_a_batch_of_one_is_refused_before_anything_is_written(tmp_path):
+    """Batch normalisation of a vector needs two of them."""
+    with pytest.raises(ValueError, match="batch=1.*accepted: 2 or more"):
+        fit(build(), Bars(), tmp_path / "run", images=8, batch=1, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_law_5_interrupted_is_uninterrupted(tmp_path):

@@ -8,8 +8,10 @@ import torch
 
 import condgen as cg
 from condgen.metrics import evaluate
+from condgen.models.vaegan import GAN
 from condgen.recipes import RECIPES, SHIPPED
 from condgen.runs import read_json, read_tensors, ship, shipped
+from condgen.training import fit
 
 GENERATORS = [name for name in SHIPPED if RECIPES[name].judge]
 
@@ -87,6 +89,37 @@ def test_ship_rounds_weights_and_nothing_else(tmp_path):
     assert read_tensors(out / "model.safetensors")[0]["prior_bias"].dtype == torch.float16
     assert read_json(out / "card.json")["origin"] == "nowhere"
     cg.save(net, tmp_path / "half", finished=False)
-    with pytest.raises(ValueError, match="not finished"):
-        ship(tmp_path / "half", tmp_path / "none")
+    for source in ("half", "nowhere"):
+        with pytest.raises(ValueError, match=f"{source} holds no finished run; accepted"):
+            ship(tmp_path / source, tmp_path / "none")
+    with pytest.raises(ValueError, match="Tensor is not JSON serializable; accepted: numbers, text"):
+        ship(tmp_path / "run", tmp_path / "none", origin=torch.ones(1))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_not_shipped_onto_itself_but_as_often_as_one_likes(tmp_path):
+    net = cg.Glow((1, 4, 4), levels=1, depth=1, width=4)
+    cg.save(net, tmp_path / "run", finished=True, origin="here")
+    with pytest.raises(ValueError, match="holds the run itself.*accepted: another folder"):
+        ship(tmp_path / "run", tmp_path / "none" / ".." / "run")
+    assert read_tensors(tmp_path / "run" / "model.safetensors")[0]["prior_bias"].dtype == torch.float32
+    assert read_json(ship(tmp_path / "run", tmp_path / "once") / "card.json")["origin"] == "here"
+    twice = ship(tmp_path / "once", tmp_path / "twice", origin="there")  # a new fact takes the place of the old one
+    assert read_json(twice / "card.json")["origin"] == "there"
+    assert read_tensors(twice / "model.safetensors")[1]["rounded"]
+    assert torch.equal(cg.load(twice).prior_bias, cg.load(tmp_path / "once").prior_bias)
+
+
+def test_names_of_shipped_models_are_names_and_not_ends_of_paths():
+    with pytest.raises(FileNotFoundError, match="no model 'nowhere/acgan-digits'"):
+        cg.load("nowhere/acgan-digits")
+
+
+def test_training_that_is_over_gives_a_shipped_model_in_full_precision(tmp_path):
+    data, options = cg.data.digits(8), {"images": 64, "progress": False}
+    new = lambda: GAN(data.shape, noise=4, width=2)
+    fit(new(), data, tmp_path / "run", **options)
+    run = fit(new(), data, ship(tmp_path / "run", tmp_path / "out"), **options)
+    assert run.finished and run.images == 64 and not (tmp_path / "out" / "state").exists()
+    here, there = run.model.state_dict(), cg.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(t, there[name]) and t.dtype == there[name].dtype for name, t in here.items())

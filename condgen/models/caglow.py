@@ -6,7 +6,7 @@
 __all__ = ['discriminator_loss', 'encoder_loss', 'membership', 'feature_matching', 'PaperEncoder', 'Encoder', 'Trunk',
            'Supervision', 'WrittenLatents', 'LatentGame', 'CAGlow']
 
-# %% ../../nbs/caglow/31_caglow.ipynb #0c50f4c2
+# %% ../../nbs/caglow/31_caglow.ipynb #0c898dae
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contracts import (Batch, Classes, Condition, Model, Noise, Player, Real, Schema, Stage, Terms,
-                               accepted)
+                               accepted, check_temperature)
 from .glow import Glow
 
 # %% ../../nbs/caglow/31_caglow.ipynb #193c40e9
@@ -228,7 +228,7 @@ class Supervision(nn.Module):
         c, u = (head(h) if head else h.new_zeros(len(h), 0) for head in (self.c, self.u))
         return f, self.real(h)[:, 0], c, u
 
-# %% ../../nbs/caglow/31_caglow.ipynb #0f876a79
+# %% ../../nbs/caglow/31_caglow.ipynb #c97f4f73
 class WrittenLatents(Model):
     """The verbs of a model that decodes with a frozen Glow what an encoder has written.
 
@@ -250,6 +250,7 @@ class WrittenLatents(Model):
     def sample_latent(self, n: int, temperature: float = 0.7, generator: torch.Generator | None = None,
                       **conditions: Any) -> Tensor:
         """Latents `(n, D)`: as `sample`, before decoding."""
+        check_temperature(temperature)
         c = self.condition(n, generator, **conditions).to(self.rows.dtype)
         eps, rest = (temperature * torch.randn(n, k, generator=generator, dtype=self.rows.dtype).to(self.device)
                      for k in (self.encoder.noise, self.glow.dims))
@@ -267,9 +268,12 @@ class WrittenLatents(Model):
             **conditions: values by name; omitted ones are drawn from training rows, codes uniformly.
 
         Raises:
-            ValueError: n below 1, or an unknown condition or value; the message lists the valid ones.
+            ValueError: n below 1, or an unknown condition or value (the message lists the valid ones), or a temperature
+                that is none.
         """
-        return self.glow.decode(self.sample_latent(n, temperature, generator, **conditions))
+        z = self.sample_latent(n, temperature, generator, **conditions)
+        with self.glow.fast_networks():
+            return self.glow.decode_packed(z, z.new_zeros(n, 0))
 
     def encode(self, x: Tensor) -> Tensor:
         """The flow's latent `(n, D)` of images `(n, c, h, w)` in [0, 1]; exact: `decode` gives them back."""
@@ -344,7 +348,7 @@ class LatentGame(WrittenLatents):
                 **self.condition_terms(predicted, codes, c),
                 "FM": (self.weights["FM"], feature_matching(real, features, groups))}
 
-# %% ../../nbs/caglow/31_caglow.ipynb #d4213c3f
+# %% ../../nbs/caglow/31_caglow.ipynb #71c4950d
 class CAGlow(LatentGame):
     """Conditional adversarial Glow: supervised conditions and unsupervised codes for a frozen Glow.
 
@@ -354,7 +358,7 @@ class CAGlow(LatentGame):
     Args:
         shape: `(channels, height, width)`; sides divisible by 2**levels.
         conditions: supervised conditions and `Code`s.
-        levels, depth, width, coupling, lr: of the flow, as for `Glow`.
+        levels, depth, width, coupling, lr, reversible, bf16: of the flow, as for `Glow`.
         latent: `"all"`: the encoder writes the whole latent; `"top"`: only the coarsest level, the rest is noise.
         matching: `"class_mean"` or `"pair"`: rule of Eq. 14.
         networks: `"large"`: `Encoder` and a supervision block over all levels; `"paper"`: two fully connected layers
@@ -381,7 +385,8 @@ class CAGlow(LatentGame):
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition], levels: int = 3, depth: int = 6,
                  width: int = 64, coupling: str = "affine", lr: float = 2e-3, latent: str = "all",
                  matching: str = "class_mean", networks: str = "large", hidden: int = 256, noise: int = 64,
-                 weights: dict[str, float] | None = None, form: str = "corrected", pretrained: bool = False):
+                 weights: dict[str, float] | None = None, form: str = "corrected", pretrained: bool = False,
+                 reversible: bool | None = None, bf16: bool | None = None):
         super().__init__(shape, conditions)
         if not self.conditions:
             raise ValueError("CAGlow without conditions; accepted: one or more conditions or codes")
@@ -396,7 +401,7 @@ class CAGlow(LatentGame):
             if name not in self.weights:
                 raise ValueError(f"weight of loss {name!r}; {accepted(self.weights, name)}")
             self.weights[name] = value
-        self.glow = Glow(shape, levels, depth, width, coupling, lr)
+        self.glow = Glow(shape, levels, depth, width, coupling, lr, reversible, bf16)
         shapes = self.glow.flow.shapes if latent == "all" else self.glow.flow.shapes[-1:]
         self.written = sum(math.prod(level) for level in shapes)
         if networks == "large":

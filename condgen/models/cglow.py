@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['CGlow']
 
-# %% ../../nbs/flows/22_cglow.ipynb #3a60e2b1
+# %% ../../nbs/flows/22_cglow.ipynb #3da6a6cc
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from ..bijections import bits_per_dim
 from ..contracts import Batch, Condition, Terms
 from .glow import Glow
 
-# %% ../../nbs/flows/22_cglow.ipynb #11c64308
+# %% ../../nbs/flows/22_cglow.ipynb #2f313d2e
 class CGlow(Glow):
     """Conditional Glow: class-dependent top prior and a discriminative term.
 
@@ -28,6 +29,7 @@ class CGlow(Glow):
         coupling: `"affine"` or `"additive"`.
         lr: learning rate of Adam.
         class_weight: weight of −log₂ q(c|z) in bits per image beside bits per dimension.
+        reversible, bf16: as for `Glow`.
 
     Raises:
         ValueError: no conditions, or unsupervised codes among them; and as `Glow`.
@@ -42,8 +44,9 @@ class CGlow(Glow):
     """
 
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition], levels: int = 3, depth: int = 6,
-                 width: int = 64, coupling: str = "affine", lr: float = 2e-3, class_weight: float = 0.01):
-        self.setup(shape, conditions, levels, depth, width, coupling, lr)
+                 width: int = 64, coupling: str = "affine", lr: float = 2e-3, class_weight: float = 0.01,
+                 reversible: bool | None = None, bf16: bool | None = None):
+        self.setup(shape, conditions, levels, depth, width, coupling, lr, reversible, bf16)
         if not self.conditions or self.conditions.codes:
             raise ValueError(f"CGlow with conditions {self.conditions.names}; accepted: one or more supervised "
                              f"conditions, no codes")
@@ -61,7 +64,8 @@ class CGlow(Glow):
         Returns:
             `(n, conditions.width)`, in the columns of the conditions: logits for classes and binary properties.
         """
-        return self.classifier(top.view(-1, *self.flow.shapes[-1]).mean((2, 3)))
+        with torch.autocast(top.device.type, enabled=False):
+            return self.classifier(top.view(-1, *self.flow.shapes[-1]).mean((2, 3)))
 
     def loss(self, batch: Batch) -> Terms:
         """Bits per dimension given the conditions, and −log₂ q(c|z) for each condition, weighted by `class_weight`.

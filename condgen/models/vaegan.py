@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['LOUD', 'Duel', 'Taught', 'GAN', 'ACGAN']
 
-# %% ../../nbs/hybrids/40_vaegan.ipynb #cab58b23
+# %% ../../nbs/hybrids/40_vaegan.ipynb #35ca0996
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import downsampling, upsampling
-from ..contracts import Batch, Condition, Model, Player, Stage, Terms, accepted
+from ..contracts import Batch, Condition, Model, Player, Stage, Terms, accepted, check_temperature, check_whole
 from ..games import GAMES
 
-# %% ../../nbs/hybrids/40_vaegan.ipynb #40c997e3
+# %% ../../nbs/hybrids/40_vaegan.ipynb #f780e704
 LOUD = 3.0  # a condition against one noise number
 
 
@@ -31,12 +33,13 @@ class Duel(Model):
         game: a key of `condgen.games.GAMES`.
 
     Raises:
-        ValueError: an unknown game (the message has the nearest), or a shape that the bodies do not fit.
+        ValueError: an unknown game (the message has the nearest), no noise, or sizes that the bodies do not fit.
     """
 
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition], noise: int, width: int, game: str):
         super().__init__(shape, conditions)
-        if game not in GAMES:
+        check_whole(noise, "noise")
+        if not isinstance(game, str) or game not in GAMES:
             raise ValueError(f"game={game!r}; {accepted(GAMES, game)}")
         self.noise, self.game = noise, GAMES[game]
         self.generator = upsampling(noise + self.conditions.width, self.shape, width, "batch")
@@ -65,13 +68,15 @@ class Duel(Model):
             **conditions: values by name; omitted ones are drawn from training rows, codes uniformly.
 
         Raises:
-            ValueError: n below 1, or an unknown condition or value; the message lists the valid ones.
+            ValueError: n below 1, or an unknown condition or value (the message lists the valid ones), or a temperature
+                that is none.
         """
+        check_temperature(temperature)
         c = self.condition(n, generator, **conditions).to(self.rows.dtype)
         z = torch.randn(n, self.noise, generator=generator, dtype=self.rows.dtype).to(self.device)
         return self.generate(c, temperature * z)
 
-# %% ../../nbs/hybrids/40_vaegan.ipynb #5727b577
+# %% ../../nbs/hybrids/40_vaegan.ipynb #7ffa4ba0
 class Taught(Duel):
     """What the two networks minimise, on batches of images `x` and supervised conditions `c`, and in which order.
 
@@ -82,6 +87,17 @@ class Taught(Duel):
 
     weights: dict[str, float]
     lr: float
+
+    def learn(self, weights: dict[str, float], lr: float) -> None:
+        """Set the weights and the learning rate.
+
+        Raises:
+            ValueError: one of them is negative or not a finite number.
+        """
+        for name, value in {**{f"weight of {name}": value for name, value in weights.items()}, "lr": lr}.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}; accepted: a finite number, 0 or more")
+        self.weights, self.lr = weights, lr
 
     def imagine(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images for the supervised conditions of a batch and fresh codes; and these, `(n, width)`."""
@@ -127,7 +143,7 @@ class Taught(Duel):
         return [Stage("adversarial", images=96_000, batch=32, players=self.players, ema=0.995,
                       schedule=lambda progress: min(1.0, max(0.02, 2 * (1 - progress))))]
 
-# %% ../../nbs/hybrids/40_vaegan.ipynb #a513fc08
+# %% ../../nbs/hybrids/40_vaegan.ipynb #a26853ac
 class GAN(Taught):
     """A generator that learns from a judge, without conditions.
 
@@ -139,7 +155,7 @@ class GAN(Taught):
         lr: learning rate of both players.
 
     Raises:
-        ValueError: an unknown game (the message has the nearest), or another shape.
+        ValueError: an unknown game (the message has the nearest), another shape, or a number out of range.
 
     References:
         Goodfellow et al. 2014.
@@ -152,7 +168,7 @@ class GAN(Taught):
     def __init__(self, shape: tuple[int, int, int], noise: int = 64, width: int = 16, game: str = "non_saturating",
                  lr: float = 2e-3):
         super().__init__(shape, (), noise, width, game)
-        self.weights, self.lr = {"G": 1.0, "C": 0.0, "De": 0.0}, lr
+        self.learn({"G": 1.0, "C": 0.0, "De": 0.0}, lr)
 
 
 class ACGAN(Taught):
@@ -168,7 +184,8 @@ class ACGAN(Taught):
         lr: learning rate of both players.
 
     Raises:
-        ValueError: an unknown game or loss (the message has the nearest), no conditions, or another shape.
+        ValueError: an unknown game or loss (the message has the nearest), no conditions, another shape, or a number out
+            of range.
 
     References:
         Odena et al. 2017; Chen et al. 2016 for codes; Liu et al. 2019 (CAGlow), Eq. 2 and 3.
@@ -184,8 +201,11 @@ class ACGAN(Taught):
         super().__init__(shape, conditions, noise, width, game)
         if not self.conditions:
             raise ValueError("ACGAN without conditions; accepted: one or more conditions or codes, or a GAN")
-        self.weights, self.lr = {"G": 1.0, "C": 1.0, "De": 1.0}, lr
+        if not isinstance(weights, dict | None):
+            raise ValueError(f"weights={weights!r}; accepted: a number by name of a loss, such as {{'C': 2.0}}")
+        found = {"G": 1.0, "C": 1.0, "De": 1.0}
         for name, value in (weights or {}).items():
-            if name not in self.weights:
-                raise ValueError(f"weight of loss {name!r}; {accepted(self.weights, name)}")
-            self.weights[name] = value
+            if name not in found:
+                raise ValueError(f"weight of loss {name!r}; {accepted(found, name)}")
+            found[name] = value
+        self.learn(found, lr)
