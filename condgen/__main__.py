@@ -261,7 +261,7 @@ def reproduce(
     if EXPERIMENTS[name].report and report.exists():
         typer.echo(f"report:  {report}")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #9a8b7f13
+# %% ../nbs/reproduction/71_command_line.ipynb #872dd9e9
 @app.command()
 def benchmark(
     tier: Annotated[str, typer.Option(help="cpu, or tiny for a try that stores nothing.")] = "cpu",
@@ -270,7 +270,7 @@ def benchmark(
         typer.Option("-o", "--out", help="Result file; data/results/benchmark-glow.DEVICE.json if not given."),
     ] = None,
 ) -> None:
-    "Time and memory of the book's Glow beside normflows, antsnormflows, nflows and FrEIA (pip install condgen[bench])."
+    "Time and memory of the book's Glow beside normflows, antsnormflows, nflows and FrEIA (they come with the extra `bench`)."
     from condgen.experiments.speed import benchmark, comparisons
 
     alone("benchmark")
@@ -280,7 +280,7 @@ def benchmark(
         for name, r in comparisons(result["rows"], size["depth"], width).items():
             ours, whom = name.split(" | ")
             spread = f"quartiles {r['low']:.2f} to {r['high']:.2f}"
-            typer.echo(f"width {width}, {ours}: {r['median']:.2f} times as fast as {r['peer']} ({whom}; {spread})")
+            typer.echo(f"width {width}, {ours}: {r['median']:.2f} times as fast as {r['peer']} [{whom}], {spread}")
 
 # %% ../nbs/reproduction/71_command_line.ipynb #c2241ec0
 @data_app.command("list")

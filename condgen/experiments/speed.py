@@ -8,7 +8,7 @@ __all__ = ['PEERS', 'MODES', 'LEVELS', 'BATCH', 'SAMPLES', 'TIMED', 'WEIGHED', '
            'train_step', 'seconds_of', 'times', 'networks_alone', 'peak_memory', 'process_memory', 'memories',
            'gradient_errors', 'source', 'benchmark', 'installed', 'numbers', 'ratio', 'comparisons']
 
-# %% ../../nbs/flows/21_memory_and_speed.ipynb #a4af561b
+# %% ../../nbs/flows/21_memory_and_speed.ipynb #b88d0413
 import ctypes
 import gc
 import hashlib
@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import bijections, reversible
-from ..bijections import start_from_data
+from ..bijections import dequantize, start_from_data
 from ..contracts import accepted
+from ..data import digits
 from ..models import glow
 from ..models.glow import Glow, GlowStep, to_rows
 from ..results import row, write_results
@@ -222,13 +223,13 @@ def images(n: int, shape: tuple[int, int, int]) -> Tensor:
     levels = torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(0))
     return ((levels + 0.5) / 256 - 0.5).to(where())
 
-# %% ../../nbs/flows/21_memory_and_speed.ipynb #1f874a1d
+# %% ../../nbs/flows/21_memory_and_speed.ipynb #6eadcdc5
 LEVELS, BATCH, SAMPLES = 3, 32, 16
 TIMED = [("condgen", mode) for mode in MODES] + [(p, m) for p in PEERS for m in ("as published", "bf16 autocast")]
 WEIGHED = [("condgen", mode) for mode in list(MODES)[1:]] + [(p, "as published") for p in PEERS]
 TIERS: dict[str, dict[str, Any]] = {
-    "tiny": {"rounds": 2, "sides": (), "side": 16, "depth": 1, "widths": (16,), "depths": (), "width": 16},
-    "cpu": {"rounds": 9, "sides": (16, 64), "side": 32, "depth": 10, "widths": (512, 64), "depths": (4, 8, 16, 32),
+    "tiny": {"rounds": 2, "steps": 2, "sides": (), "side": 16, "depth": 1, "widths": (16,), "depths": (), "width": 16},
+    "cpu": {"rounds": 9, "steps": 150, "sides": (16, 64), "side": 32, "depth": 10, "widths": (512, 64), "depths": (4, 8, 16, 32),
             "usual": 16, "width": 512},
 }
 
@@ -362,15 +363,22 @@ def memories(points: Iterable[tuple[int, int]], width: int, at_once: bool,
     return rows
 
 
-def gradient_errors(side: int, depth: int, width: int) -> list[dict[str, Any]]:
-    """Rows `gradient_error`: relative error of the whole float32 gradient against float64, kept and recomputed."""
-    shape = (1, side, side)
-    model, x = build("condgen", "kept, float32", shape, LEVELS, depth, width).module.double(), images(4, shape)
-    start_from_data(model.flow, x.double())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():  # off the start, where the last convolutions are zero
-            p += 0.01 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+def gradient_errors(depth: int, width: int, steps: int, kick: float) -> list[dict[str, Any]]:
+    """Rows `gradient_error`: relative error of the whole gradient against float64, kept and recomputed.
+
+    Args:
+        depth: K, of a Glow for 16×16 digits.
+        width: channels inside the couplings.
+        steps: of training before measuring, with 32 images each.
+        kick: standard deviation of noise that is then added to all parameters.
+    """
+    data, shape = digits(16).images_of("train").to(where()), (1, 16, 16)
+    model = build("condgen", "kept, float32", shape, LEVELS, depth, width).module
+    noise = torch.Generator().manual_seed(0)
+
+    def batch(n: int) -> Tensor:
+        chosen = data[torch.randint(len(data), (n,), generator=noise)]
+        return dequantize(chosen, torch.rand(chosen.shape, generator=noise).to(chosen))
 
     def gradient(x: Tensor, recompute: bool) -> Tensor:
         for level in model.flow.levels:
@@ -379,15 +387,25 @@ def gradient_errors(side: int, depth: int, width: int) -> list[dict[str, Any]]:
         (-model.log_density(x, x.new_zeros(len(x), 0))[0].mean()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
-    exact = gradient(x.double(), False)
-    found = {("recomputed, float64"): gradient(x.double(), True)}
+    start_from_data(model.flow, batch(256))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.99), fused=True)
+    for _ in range(steps):
+        gradient(batch(32), False)
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += kick * torch.randn(p.shape, generator=noise).to(p)
+    x = batch(8)
+    model.double()
+    exact, long = gradient(x.double(), False), gradient(x.double(), True)
     model.float()
-    found |= {mode: gradient(x, MODES[mode][0]) for mode in ("kept, float32", "recomputed, float32")}
-    at = {"K": depth, "width": width, "resolution": side}
-    errors = {mode: ((g - exact).norm() / exact.norm()).item() for mode, g in found.items()}
-    return [row("condgen", "gradient_error", e, mode, at, levels=LEVELS, batch=4) for mode, e in errors.items()]
+    found = {"recomputed, float64": long, "kept, float32": gradient(x, False), "recomputed, float32": gradient(x, True)}
+    at = {"K": depth, "width": width, "resolution": 16}
+    return [row("condgen", "gradient_error", ((g - exact).norm() / exact.norm()).item(), mode, at, steps=steps, kick=kick)
+            for mode, g in found.items()]
 
-# %% ../../nbs/flows/21_memory_and_speed.ipynb #12ae4956
+# %% ../../nbs/flows/21_memory_and_speed.ipynb #ee0ee57b
 def source() -> str:
     """sha256 of the code whose speed is measured, and of the code that measures."""
     folder = Path(bijections.__file__).parent
@@ -425,7 +443,9 @@ def benchmark(tier: str = "cpu", out: str | Path | None = None,
         rows += timed
         rows += [row(r["model"], "images_per_second", [BATCH / s for s in r["values"]], r["variant"], r["at"],
                      **r["protocol"]) for r in timed if r["metric"] == "step_seconds"]
-    rows += gradient_errors(size["side"], max(size["depths"], default=size["depth"]), size["width"])
+    deepest = max(size["depths"], default=size["depth"])
+    rows += gradient_errors(deepest, min(size["widths"]), size["steps"], 0.0)
+    rows += gradient_errors(deepest, max(size["widths"]), 0, 0.01)
     points = [(k, size["side"]) for k in size["depths"]] + [(size["usual"], side) for side in size["sides"]]
     rows += memories(points, size["width"], True, report)
     rows += memories([(size["usual"], size["side"])] if points else [], size["width"], False, report)
