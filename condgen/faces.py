@@ -9,7 +9,7 @@ __all__ = ['IDENTITIES', 'HAIR', 'ATTRIBUTES', 'EXCLUSIVE', 'FACTORS', 'BONES', 
            'paint_eyes', 'paint_nose', 'paint_mouth', 'paint_hair', 'paint_ears_and_light', 'paint_glasses',
            'paint_hat', 'render', 'draw', 'faces', 'labels']
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #52d21da2
+# %% ../nbs/workshop/11_drawn_faces.ipynb #3617b035
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contracts import Binary, Classes, Real, Schema, accepted, seed_of
+from .contracts import Binary, Classes, Real, Schema, seed_of
 
 # %% ../nbs/workshop/11_drawn_faces.ipynb #f04c7f48
 def smooth(t: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ FACTORS = Schema([
     Real("shirt", 0, 1), *map(Binary, ATTRIBUTES),
 ])  # fmt: skip
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #1d724fd8
+# %% ../nbs/workshop/11_drawn_faces.ipynb #e5312524
 def edit(factors: Tensor, **changes: Any) -> Tensor:
     """The same rows with other values of some factors.
 
@@ -119,8 +119,8 @@ def edit(factors: Tensor, **changes: Any) -> Tensor:
               for item in FACTORS if item.name in changes}  # fmt: skip
     columns |= wanted
     for group in EXCLUSIVE:
-        for name in set(group) & set(wanted):
-            for other in set(group) - {name}:
+        for name in filter(wanted.__contains__, group):
+            for other in filter(name.__ne__, group):
                 if other in wanted and bool((wanted[name] + wanted[other] > 1).any()):
                     raise ValueError(f"{name} and {other} exclude each other; accepted: one of {', '.join(group)}")
                 columns[other] = torch.minimum(columns[other], 1 - columns[name])
@@ -133,10 +133,10 @@ def person(identity: Any = 0, n: int = 1, **factors: Any) -> Tensor:
                                             "background": 0.05, "shirt": 0.05}  # fmt: skip
     return edit(FACTORS.pack(n, identity=identity, **plain), **factors)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #92537886
+# %% ../nbs/workshop/11_drawn_faces.ipynb #3661475f
 BONES = {  # mean and spread, in half-widths of the picture or relative to 1
-    "width": (1, 0.10), "height": (1, 0.07), "jaw": (1, 0.16), "chin": (1, 0.35), "drop": (0, 0.05),
-    "cheek": (1, 0.09), "gap": (0.2, 0.03), "eye": (1, 0.2), "slant": (0.05, 0.16), "iris": (0.5, 0.55),
+    "width": (1, 0.12), "height": (1, 0.07), "jaw": (1, 0.20), "chin": (1, 0.35), "drop": (0, 0.05),
+    "cheek": (1, 0.09), "gap": (0.2, 0.035), "eye": (1, 0.2), "slant": (0.05, 0.16), "iris": (0.5, 0.55),
     "level": (0, 0.03), "brow": (0, 0.028), "bushy": (1, 0.5), "tilt": (0, 0.16), "bend": (1, 0.8),
     "nose": (1, 0.25), "nostrils": (1, 0.35), "mouth": (1, 0.22), "lips": (1, 0.5), "ear": (1, 0.25),
     "volume": (1, 0.5), "hairline": (0, 0.06), "part": (0, 1), "strands": (8, 2),
@@ -189,7 +189,7 @@ def lambert(nx: Tensor, ny: Tensor, light: Tensor) -> Tensor:
     sine, cosine = turn(light)
     return 0.52 + 0.59 * (0.8 * sine * nx - 0.4 * ny + (0.35 + 0.5 * cosine) * nz).clamp(min=0)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #50c64e98
+# %% ../nbs/workshop/11_drawn_faces.ipynb #ae50bbc3
 SKIN = ((1.0, 0.88, 0.80), (0.98, 0.80, 0.68), (0.90, 0.69, 0.54), (0.76, 0.54, 0.39), (0.58, 0.39, 0.28),
         (0.44, 0.29, 0.22))  # fmt: skip
 TONES = ((0.13, 0.11, 0.12), (0.36, 0.22, 0.14), (0.88, 0.68, 0.38), (0.66, 0.29, 0.13))
@@ -227,13 +227,13 @@ class Face:
         hair = (columns["hair"] @ factors.new_tensor(TONES)).view(-1, 3, 1, 1)
         self.hair = hair + 0.9 * smooth((f["age"] - 40) / 32) * (0.79 - hair)
         at = (torch.arange(size, device=factors.device) + 0.5).to(factors) * (2 / size) - 1
-        zoom = 1.16 - 0.06 * self.kid
+        zoom = 1.16 - 0.08 * self.kid
         self.x, self.y = at.view(1, 1, 1, -1) / zoom, (at.view(1, 1, -1, 1) - 0.09 - 0.03 * self.kid) / zoom
         self.px, (self.s, c), (self.rise, rc) = 2 / size / zoom, turn(f["yaw"]), turn(f["pitch"])
         (self.u, r), (self.v, _) = relief(self.x, self.s, c, 0.23, 0.66), relief(self.y, -self.rise, rc, 0.18, 0.8)
         self.c = c
         self.w, self.side = self.px / r, self.u.sign()
-        self.eye = self.v - (0.075 * self.kid - 0.09 + b["level"])  # heights from the line of the eyes …
+        self.eye = self.v - (0.095 * self.kid - 0.09 + b["level"])  # heights from the line of the eyes …
         self.lips = self.v - (0.285 + 0.4 * b["drop"] + 0.01 * self.kid)  # … and of the mouth
         self.image = palette(f["background"], WALLS).expand(-1, -1, size, size)
         self.head = self.outline()
@@ -245,7 +245,7 @@ class Face:
         self.front = self.x - self.s * (0.02 + 0.10 * smooth((y + 0.1) / 0.7))
         wide = b["width"] * (1 + 0.03 * self.male)
         self.skull = ellipse(self.x - 0.02 * self.s, y + 0.16, 0.425 * wide, 0.50 * b["height"])
-        cheeks = ellipse(self.front, y - 0.04, wide * b["cheek"] * (0.395 + 0.012 * kid), 0.36 - 0.03 * kid)
+        cheeks = ellipse(self.front, y - 0.04, wide * b["cheek"] * (0.395 + 0.022 * kid), 0.36 - 0.03 * kid)
         jaw = wide * b["jaw"] * (0.30 + 0.036 * self.male - 0.012 * kid)
         jaw = ellipse(self.front, y - 0.20 + 0.04 * kid, jaw, 0.30 - 0.03 * kid)
         chin = b["chin"] * (0.13 + 0.026 * self.male)
@@ -262,7 +262,7 @@ class Face:
             colour = self.skin.new_tensor(colour).view(3, 1, 1)
         self.image = self.image + alpha * (colour - self.image)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #23055c42
+# %% ../nbs/workshop/11_drawn_faces.ipynb #8b70b953
 def paint_scene(p: Face) -> None:
     """Wall, back hair, neck, shirt."""
     b, f, x, y = p.b, p.f, p.x + 0.03 * p.s, p.y
@@ -279,7 +279,7 @@ def paint_scene(p: Face) -> None:
     p.paint(0.58 * p.hair, cover(p.mane, p.px) * f["long_hair"])
 
     y = y + 0.07 * p.kid
-    slim = 1 - 0.28 * p.kid + 0.12 * p.male
+    slim = 1 - 0.32 * p.kid + 0.12 * p.male
     neck = cover(box(x, y - 0.62, 0.20 * slim + 0.05 * smooth((y - 0.42) / 0.3), 0.42, 0.06), p.px)
     p.paint(p.skin, neck)
     p.paint(p.dye(p.skin, 0.68, 0.56, 0.54), neck * 1.6 * blob(p.front, p.y - 0.42, 0.42, 0.36).clamp(max=0.5))
@@ -309,11 +309,11 @@ def paint_skin(p: Face) -> None:
     deep = 0.45 * p.old + 0.18 * (f["smile"] + f["laugh"])
     p.paint(furrow, deep * arc(p.lips + 0.06, cheek, 0.085, 0.03, 0.013, w))
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #0fa14a1a
+# %% ../nbs/workshop/11_drawn_faces.ipynb #e43cea57
 def paint_eyes(p: Face) -> None:
     """Eyes with lids and lashes, and brows."""
     b, f, w = p.b, p.f, p.w
-    size = b["eye"] * (1 + 0.24 * p.kid - 0.05 * p.male)
+    size = b["eye"] * (1 + 0.32 * p.kid - 0.05 * p.male)
     x = p.u.abs() - b["gap"] * (1 + 0.04 * p.kid)
     y = p.eye + b["slant"] * x + 0.10 * p.old * x
     squint = 1 - 0.25 * f["laugh"] - 0.10 * f["smile"] - 0.10 * f["frown"] - 0.15 * p.old
@@ -342,10 +342,10 @@ def paint_eyes(p: Face) -> None:
     brow = arc(x, y, 0.135, 0.026 * b["bend"].clamp(min=0.1) + 0.008, thick, w)
     p.paint(0.72 * p.hair, brow * (0.9 - 0.3 * p.kid))
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #15db87b1
+# %% ../nbs/workshop/11_drawn_faces.ipynb #681e68c8
 def paint_nose(p: Face) -> None:
     """Bridge, tip and nostrils."""
-    b, w, small = p.b, p.w, 1 - 0.22 * p.kid
+    b, w, small = p.b, p.w, 1 - 0.32 * p.kid
     length = 0.235 * (0.4 + 0.6 * b["nose"]) * small
     y, wide = p.eye - length, 0.066 * b["nostrils"] * (1 - 0.15 * p.kid + 0.1 * p.male)
     x = p.u - 0.11 * p.s * smooth(p.eye / length)
@@ -360,11 +360,11 @@ def paint_nose(p: Face) -> None:
     p.paint(line, 0.65 * arc(y + 0.002, far - 1.02 * wide, 0.036, 0.014, 0.014, w))
     p.paint(line, 0.55 * arc(x, y - 0.018, 1.25 * wide, -0.016, 0.014, w))
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #0e681df3
+# %% ../nbs/workshop/11_drawn_faces.ipynb #178ebb9d
 def paint_mouth(p: Face) -> None:
     """Lips; teeth and tongue of those who laugh."""
     b, f, w, x = p.b, p.f, p.w, p.u - 0.035 * p.s
-    half = 0.148 * b["mouth"] * (1 - 0.18 * p.kid) * (1 + 0.15 * f["smile"] + 0.28 * f["laugh"])
+    half = 0.148 * b["mouth"] * (1 - 0.25 * p.kid) * (1 + 0.15 * f["smile"] + 0.28 * f["laugh"])
     bend = 0.006 + 0.064 * f["smile"] + 0.060 * f["laugh"] - 0.060 * f["frown"]
     y, gape = p.lips + bend * ((x / half) ** 2 - 0.45), 0.072 * f["laugh"]
     full = b["lips"].clamp(min=0.35) * (1 - 0.2 * p.male - 0.25 * p.old)
