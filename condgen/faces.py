@@ -50,9 +50,9 @@ def cover(d: Tensor, w: Tensor | float) -> Tensor:
     """Share of a pixel of side `w` that a shape covers whose edge is `d` away from its centre (negative inside)."""
     return (0.5 - d / w).clamp(0, 1)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #231d9504
+# %% ../nbs/workshop/11_drawn_faces.ipynb #fab6ea87
 def ellipse(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Distance from an ellipse around 0 with half-axes a, b, to first order (@eq-faces-first)."""
+    """Distance from an ellipse around 0 with half-axes a, b, to first order: f/|∇f|."""
     p, q = x / a, y / b
     k = (p * p + q * q).sqrt()
     return k * (k - 1) / ((p / a) ** 2 + (q / b) ** 2 + 1e-9).sqrt()
@@ -82,9 +82,9 @@ def blob(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """A soft spot: (1 − (x/a)² − (y/b)²)² inside the ellipse, 0 outside. For shadows, blush and shine."""
     return (1 - (x / a) ** 2 - (y / b) ** 2).clamp(min=0) ** 2
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #1fb6e288
+# %% ../nbs/workshop/11_drawn_faces.ipynb #402260ba
 def union(a: Tensor, b: Tensor, k: float) -> Tensor:
-    """Distance from the union of two shapes, the crease between them filled over a width k (@eq-faces-union)."""
+    """Distance from the union of two shapes, the crease between them filled over a width k."""
     h = (k - (a - b).abs()).clamp(min=0)
     return torch.minimum(a, b) - h * h / (4 * k)
 
@@ -133,7 +133,7 @@ def person(identity: Any = 0, n: int = 1, **factors: Any) -> Tensor:
                                             "background": 0.05, "shirt": 0.05}  # fmt: skip
     return edit(FACTORS.pack(n, identity=identity, **plain), **factors)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #3661475f
+# %% ../nbs/workshop/11_drawn_faces.ipynb #a9880cbc
 BONES = {  # mean and spread, in half-widths of the picture or relative to 1
     "width": (1, 0.12), "height": (1, 0.07), "jaw": (1, 0.20), "chin": (1, 0.35), "drop": (0, 0.05),
     "cheek": (1, 0.09), "gap": (0.2, 0.035), "eye": (1, 0.2), "slant": (0.05, 0.16), "iris": (0.5, 0.55),
@@ -144,13 +144,13 @@ BONES = {  # mean and spread, in half-widths of the picture or relative to 1
 
 
 def mixing() -> np.ndarray:
-    """M of @eq-faces-bones: the identity and small numbers beside it, rows of length 1."""
+    """How traits mix, M: the identity matrix and small numbers beside its diagonal, rows of length 1."""
     m = np.eye(len(BONES)) + 0.25 * np.random.RandomState(11).uniform(-1, 1, (len(BONES), len(BONES)))
     return m / np.linalg.norm(m, axis=1, keepdims=True)
 
 
 def people() -> Tensor:
-    """Measures of all identities, float32 `(IDENTITIES, len(BONES))` (@eq-faces-bones)."""
+    """Measures of all identities, float32 `(IDENTITIES, len(BONES))`: b = μ + σ M t."""
     traits = np.random.RandomState(7).uniform(-1, 1, (IDENTITIES, len(BONES)))
     mean, spread = np.array(list(BONES.values())).T
     return torch.tensor(mean + spread * (traits @ mixing().T), dtype=torch.float32)
@@ -158,9 +158,9 @@ def people() -> Tensor:
 
 PEOPLE = people()
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #48c5623f
+# %% ../nbs/workshop/11_drawn_faces.ipynb #57b4eee5
 def relief(x: Tensor, sine: Tensor, cosine: Tensor, depth: float, a: float) -> tuple[Tensor, Tensor]:
-    """Where a turned relief is seen (@eq-faces-relief).
+    """Where a turned relief is seen: u for which x = u cos θ + D (1 − u²/a²) sin θ.
 
     Args:
         x: place in the picture.
@@ -189,7 +189,7 @@ def lambert(nx: Tensor, ny: Tensor, light: Tensor) -> Tensor:
     sine, cosine = turn(light)
     return 0.52 + 0.59 * (0.8 * sine * nx - 0.4 * ny + (0.35 + 0.5 * cosine) * nz).clamp(min=0)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #ae50bbc3
+# %% ../nbs/workshop/11_drawn_faces.ipynb #755451e9
 SKIN = ((1.0, 0.88, 0.80), (0.98, 0.80, 0.68), (0.90, 0.69, 0.54), (0.76, 0.54, 0.39), (0.58, 0.39, 0.28),
         (0.44, 0.29, 0.22))  # fmt: skip
 TONES = ((0.13, 0.11, 0.12), (0.36, 0.22, 0.14), (0.88, 0.68, 0.38), (0.66, 0.29, 0.13))
@@ -220,12 +220,13 @@ class Face:
         self.b = {name: value.view(-1, 1, 1, 1) for name, value in zip(BONES, bones.unbind(1))}
         self.f = {item.name: item.unpack(columns[item.name]).view(-1, 1, 1, 1) for item in FACTORS[2:]}
         b, f = self.b, self.f
-        self.kid, self.old = smooth(1 - f["age"] / 18), smooth((f["age"] - 35) / 45)
+        years = ((f["age"] - 18) / 62).clamp(min=0)
+        self.kid, self.old = smooth(1 - f["age"] / 20), years * (0.35 + 0.65 * years)
         self.male = f["masculine"] * (1 - 0.6 * self.kid)
         self.skin = palette(f["skin"], SKIN)
         self.dark = self.dye(self.skin, 0.72, 0.58, 0.54)
         hair = (columns["hair"] @ factors.new_tensor(TONES)).view(-1, 3, 1, 1)
-        self.hair = hair + 0.9 * smooth((f["age"] - 40) / 32) * (0.79 - hair)
+        self.hair = hair + 0.9 * smooth((f["age"] - 36) / 36) * (0.79 - hair)
         at = (torch.arange(size, device=factors.device) + 0.5).to(factors) * (2 / size) - 1
         zoom = 1.16 - 0.08 * self.kid
         self.x, self.y = at.view(1, 1, 1, -1) / zoom, (at.view(1, 1, -1, 1) - 0.09 - 0.03 * self.kid) / zoom
@@ -245,7 +246,8 @@ class Face:
         self.front = self.x - self.s * (0.02 + 0.10 * smooth((y + 0.1) / 0.7))
         wide = b["width"] * (1 + 0.03 * self.male)
         self.skull = ellipse(self.x - 0.02 * self.s, y + 0.16, 0.425 * wide, 0.50 * b["height"])
-        cheeks = ellipse(self.front, y - 0.04, wide * b["cheek"] * (0.395 + 0.022 * kid), 0.36 - 0.03 * kid)
+        cheeks = wide * b["cheek"] * (0.395 + 0.022 * kid - 0.012 * self.old)
+        cheeks = ellipse(self.front, y - 0.04, cheeks, 0.36 - 0.03 * kid)
         jaw = wide * b["jaw"] * (0.30 + 0.036 * self.male - 0.012 * kid)
         jaw = ellipse(self.front, y - 0.20 + 0.04 * kid, jaw, 0.30 - 0.03 * kid)
         chin = b["chin"] * (0.13 + 0.026 * self.male)
@@ -257,7 +259,7 @@ class Face:
         return colour * colour.new_tensor(rgb).view(3, 1, 1)
 
     def paint(self, colour: Tensor | tuple[float, float, float], alpha: Tensor) -> None:
-        """Puts a layer over the picture (@eq-faces-over)."""
+        """Puts a layer over the picture: I + α (C − I)."""
         if not isinstance(colour, Tensor):
             colour = self.skin.new_tensor(colour).view(3, 1, 1)
         self.image = self.image + alpha * (colour - self.image)
@@ -382,26 +384,27 @@ def paint_mouth(p: Face) -> None:
     line = (1 - 0.7 * f["laugh"]) * arc(x, y, 1.04 * half, 0.0, 0.014, w)
     p.paint(p.dye(lip, 0.52, 0.42, 0.42), line)
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #a8e997a5
+# %% ../nbs/workshop/11_drawn_faces.ipynb #73a6b262
 def paint_hair(p: Face) -> None:
-    """Beard, moustache and hair; `p.crown` is where hair is, `p.bare` where no long hair is."""
+    """Beard, moustache and hair; `p.whiskers`, `p.crown`, `p.bare`: where they are, and where no long hair is."""
     b, f, w, y = p.b, p.f, p.w, p.y
     x = p.u - 0.035 * p.s
     cheeks = ellipse(p.u, p.v + 0.04, 0.36 * b["width"] * b["cheek"], 0.27)
     mouth = ellipse(x, p.lips - 0.012 - 0.04 * f["laugh"], 0.155 * b["mouth"], 0.045 + 0.05 * f["laugh"])
     beard = cover(p.head - 0.018, 1.5 * p.px) * cover(-cheeks, 3 * w) * cover(-mouth, 2 * w) * smooth(p.v / 0.12 + 1)
     grain = 0.07 * wave(9 * p.u / (1.3 - p.v), 9 * p.px)
-    p.paint(p.hair * (0.80 + grain), 0.95 * f["beard"] * beard)
+    p.whiskers = 0.95 * f["beard"] * beard
+    p.paint(p.hair * (0.80 + grain), p.whiskers)
     lip = arc(x, p.lips + 0.050 + 0.012 * b["lips"], 0.083 + 0.083 * b["mouth"], 0.030, 0.058, w)
     p.paint(p.hair * (0.74 + grain), f["moustache"] * lip * (1 - 0.5 * cover(x.abs() - 0.008, 2 * w)))
 
     u = p.u * (1 - 0.25 * (p.s * p.side).clamp(min=0))  # on the far side the face reaches round the temple
-    top = 0.47 - b["hairline"] - 0.10 * b["part"] * p.u
+    top = 0.47 - b["hairline"] + p.old * (0.02 + 0.03 * p.male) - 0.10 * b["part"] * p.u
     temples = ellipse(u, p.v - 0.2, 0.39 * b["width"] * b["cheek"], 0.45)
     opening = union(ellipse(u, p.v + 0.06, 0.375 * b["width"], top - 0.06), temples, 0.12)
     trim = y - 0.09 + 0.07 * p.male + 0.3 * (p.x.abs() - 0.4)
     short = cover(torch.maximum(p.cap, trim), 1.5 * p.px) * cover(-opening, w)
-    neck = box(p.x - 0.10 * p.s, y - 0.60, 0.33 * b["width"], 0.55, 0.1)
+    neck = box(p.x - 0.16 * p.s, y - 0.60, 0.33 * b["width"], 0.55, 0.1)
     hairy = 1 - f["bald"]
     long = hairy * f["long_hair"] * cover(p.mane, p.px)
     p.bare, locks = 1 - long, long * cover(-union(opening, neck, 0.05), w)
@@ -417,7 +420,7 @@ def paint_hair(p: Face) -> None:
     shine = blob(p.u - 0.09 * p.s - 0.16 * b["part"] + 0.06, y + 0.48, 0.42, 0.13)
     p.paint(0.45 + 0.55 * p.hair, p.crown * shine * (0.38 + 1.5 * lines))
 
-# %% ../nbs/workshop/11_drawn_faces.ipynb #6e2f6995
+# %% ../nbs/workshop/11_drawn_faces.ipynb #dfc73eb6
 def paint_ears_and_light(p: Face) -> None:
     """Ears, light on the head, earrings."""
     b, f, x = p.b, p.f, p.x.abs()
@@ -430,7 +433,7 @@ def paint_ears_and_light(p: Face) -> None:
     p.paint(p.dye(p.skin, 0.82, 0.68, 0.64), 0.8 * ears * cover(ear + 0.03, 3 * p.px))
 
     bright = lambert(p.front / 0.56, (p.y + 0.05) / 0.74, f["light"])
-    head = torch.maximum(torch.maximum(p.face, p.crown), ears)
+    head = torch.maximum(torch.maximum(p.face, p.whiskers), torch.maximum(p.crown, ears))
     shade = head * (bright - 1)
     p.image = p.image * (1 + shade + p.dye(-shade.clamp(max=0), 0.30, 0.14, 0.16))
 
@@ -444,7 +447,7 @@ def paint_glasses(p: Face) -> None:
     b, f, w = p.b, p.f, p.w
     x, y = p.u.abs() - b["gap"] - 0.008, p.eye - 0.012
     glass = box(x, y, 0.150, 0.110, 0.085)
-    frame = cover(glass - 0.011, w) - cover(glass + 0.011, w)
+    frame = cover(glass - 0.013, w) - cover(glass + 0.013, w)
     bridge = arc(p.u, y + 0.01, b["gap"] - 0.13, 0.020, 0.024, w)
     temple = cover((y + 0.035).abs() - 0.011, w) * cover(0.15 - x, w) * p.face
     temple = temple * smooth((0.42 * b["width"] - p.u.abs()) / 0.05)
