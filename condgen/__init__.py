@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #fa080336
+# %% ../nbs/index.ipynb #6167242b
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -40,12 +40,14 @@ MODULES = [
     "divergences",
     "experiments",
     "explore",
+    "faces",
     "figures",
     "games",
     "metrics",
     "models",
     "recipes",
     "results",
+    "reversible",
     "runs",
     "training",
 ]
