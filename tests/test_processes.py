@@ -218,8 +218,9 @@ def trained(tmp_path_factory):
     if not number:
         debug_launcher(returning, (train_glow, str(folder / "killed")), num_processes=2)
         os._exit(0)
+    end = time.monotonic() + 240
     while not any(int(p.name) >= 192 for p in (folder / "killed" / "run2" / "state").glob("[0-9]*")):
-        assert os.waitpid(number, os.WNOHANG) == (0, 0)
+        assert os.waitpid(number, os.WNOHANG) == (0, 0) and time.monotonic() < end
         time.sleep(0.02)
     for process in [*psutil.Process(number).children(), psutil.Process(number)]:
         process.kill()
