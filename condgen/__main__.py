@@ -261,7 +261,7 @@ def reproduce(
     if EXPERIMENTS[name].report and report.exists():
         typer.echo(f"report:  {report}")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #872dd9e9
+# %% ../nbs/reproduction/71_command_line.ipynb #943d4b55
 @app.command()
 def benchmark(
     tier: Annotated[str, typer.Option(help="cpu, or tiny for a try that stores nothing.")] = "cpu",
@@ -270,7 +270,7 @@ def benchmark(
         typer.Option("-o", "--out", help="Result file; data/results/benchmark-glow.DEVICE.json if not given."),
     ] = None,
 ) -> None:
-    "Time and memory of the book's Glow beside normflows, antsnormflows, nflows and FrEIA (they come with the extra `bench`)."
+    "Time and memory of the book's Glow beside four other libraries, which come with the extra `bench`."
     from condgen.experiments.speed import benchmark, comparisons
 
     alone("benchmark")

@@ -223,14 +223,14 @@ def images(n: int, shape: tuple[int, int, int]) -> Tensor:
     levels = torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(0))
     return ((levels + 0.5) / 256 - 0.5).to(where())
 
-# %% ../../nbs/flows/21_memory_and_speed.ipynb #6eadcdc5
+# %% ../../nbs/flows/21_memory_and_speed.ipynb #c5ef3bf8
 LEVELS, BATCH, SAMPLES = 3, 32, 16
 TIMED = [("condgen", mode) for mode in MODES] + [(p, m) for p in PEERS for m in ("as published", "bf16 autocast")]
 WEIGHED = [("condgen", mode) for mode in list(MODES)[1:]] + [(p, "as published") for p in PEERS]
 TIERS: dict[str, dict[str, Any]] = {
     "tiny": {"rounds": 2, "steps": 2, "sides": (), "side": 16, "depth": 1, "widths": (16,), "depths": (), "width": 16},
-    "cpu": {"rounds": 9, "steps": 150, "sides": (16, 64), "side": 32, "depth": 10, "widths": (512, 64), "depths": (4, 8, 16, 32),
-            "usual": 16, "width": 512},
+    "cpu": {"rounds": 9, "steps": 150, "sides": (16, 64), "side": 32, "depth": 10, "widths": (512, 64),
+            "depths": (4, 8, 16, 32), "usual": 16, "width": 512},
 }
 
 
@@ -402,14 +402,13 @@ def gradient_errors(depth: int, width: int, steps: int, kick: float) -> list[dic
     model.float()
     found = {"recomputed, float64": long, "kept, float32": gradient(x, False), "recomputed, float32": gradient(x, True)}
     at = {"K": depth, "width": width, "resolution": 16}
-    return [row("condgen", "gradient_error", ((g - exact).norm() / exact.norm()).item(), mode, at, steps=steps, kick=kick)
-            for mode, g in found.items()]
+    errors = {mode: ((g - exact).norm() / exact.norm()).item() for mode, g in found.items()}
+    return [row("condgen", "gradient_error", e, mode, at, steps=steps, kick=kick) for mode, e in errors.items()]
 
-# %% ../../nbs/flows/21_memory_and_speed.ipynb #ee0ee57b
+# %% ../../nbs/flows/21_memory_and_speed.ipynb #9aba6517
 def source() -> str:
-    """sha256 of the code whose speed is measured, and of the code that measures."""
-    folder = Path(bijections.__file__).parent
-    files = [Path(m.__file__) for m in (bijections, reversible, glow)] + [folder / "experiments" / "speed.py"]
+    """sha256 of the code whose speed is measured."""
+    files = [Path(module.__file__) for module in (bijections, reversible, glow)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
