@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_glow import Bars
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,20 +76,6 @@ def decide(flow, reversible):
     for level in flow.levels:
         level.reversible = reversible
     return flow
-
-
-class Bars:
-    """Bright bars in one of three places: easy to learn."""
-
-    name, sha256, shape = "bars", "0", (1, 8, 8)
-
-    def table(self, split):
-        n, g = {"train": 256, "val": 64, "test": 128}[split], seeded(len(split))
-        k = torch.arange(n) % 3
-        x = 30 + 20 * torch.rand(n, *self.shape, generator=g)
-        for i in range(n):
-            x[i, :, :, 1 + 2 * k[i] : 3 + 2 * k[i]] += 120 + 60 * torch.rand(1, generator=g)
-        return {"x": x.to(torch.uint8), "c": F.one_hot(k, 3).float()}
 
 
 # the definitions ------------------------------------------------------------
