@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # whatever the caller says: some tests fork, and threads do not
+    os.environ[name] = "1"
 os.environ["CONDGEN_TIER"] = "tiny"
 os.environ.setdefault("MPLBACKEND", "agg")
 
