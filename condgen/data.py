@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'MEMBER', 'PIXELS', 'SUFFIXES', 'Row', 'PREPARE', 'PEOPLE', 'NAMES', 'Dataset', 'ranked', 'jitter', 'digits',
-           'cache', 'home', 'idx', 'mnist', 'download_mnist', 'Files', 'unsafe', 'square', 'read_table', 'as_floats',
-           'identifier', 'complete', 'infer', 'pack', 'shares', 'folder', 'find_labels', 'read_conditions',
-           'read_images', 'find', 'celeba', 'lfw', 'utkface', 'prepare', 'prepared', 'prepared_names', 'load']
+           'cache', 'home', 'idx', 'mnist', 'download_mnist', 'faces', 'drawn', 'Files', 'unsafe', 'square',
+           'read_table', 'as_floats', 'identifier', 'complete', 'infer', 'pack', 'shares', 'folder', 'find_labels',
+           'read_conditions', 'read_images', 'find', 'celeba', 'lfw', 'utkface', 'prepare', 'prepared',
+           'prepared_names', 'load']
 
-# %% ../nbs/workshop/12_data.ipynb #4ab4f112
+# %% ../nbs/workshop/12_data.ipynb #9abd23f2
+import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import keyword
 import os
@@ -21,7 +24,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .contracts import RESERVED, Binary, Classes, Condition, Real, Schema, accepted, seed_of
+from .contracts import RESERVED, Binary, Classes, Condition, Real, Schema, accepted, check_whole, seed_of
+from .faces import ATTRIBUTES, FACTORS
+from .faces import faces as draw_faces
+from .faces import labels as face_labels
 
 # %% ../nbs/workshop/12_data.ipynb #4a758497
 SPLITS = ("train", "val", "test")
@@ -229,6 +235,53 @@ def download_mnist(looked: list[Path]) -> None:
             "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz there, set $CONDGEN_DATA to the folder that holds "
             "MNIST/raw, or use digits()"
         ) from error
+
+# %% ../nbs/workshop/12_data.ipynb #12895366
+def faces(
+    size: int = 32, n: int = 12_000, identities: int = 200, columns: Iterable[str] = ("identity", *ATTRIBUTES)
+) -> Dataset:
+    """Drawn faces, labelled with some of their factors; 80 / 10 / 10, the same people in all parts.
+
+    Args:
+        size: side of the images, 16 to 256 pixels.
+        n: how many.
+        identities: how many people, at most `condgen.faces.IDENTITIES`.
+        columns: factors (`condgen.faces.FACTORS`) that become conditions.
+
+    Raises:
+        ValueError: an unknown factor, or a size or number that is not accepted.
+    """
+    check_whole(n, "n")
+    check_whole(identities, "identities")
+    if not 16 <= check_whole(size, "size") <= 256:
+        raise ValueError(f"size={size}; accepted: 16 to 256 pixels")
+    images, factors = drawn(n, size, identities)
+    packed, schema = face_labels(factors, columns, identities)
+    order, tenth = torch.tensor(ranked(range(n), "faces")), n // 10
+    splits = {"test": order[:tenth], "val": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    return Dataset("faces", images, packed, schema, splits)
+
+
+@lru_cache(maxsize=1)
+def drawn(n: int, size: int, identities: int) -> tuple[Tensor, Tensor]:
+    """Drawn images, uint8 `(n, 3, size, size)`, and their factors `(n, FACTORS.width)`, from the cache if they are there."""
+    code = hashlib.sha256(Path(inspect.getsourcefile(draw_faces)).read_bytes()).hexdigest()[:12]
+    path = cache() / "faces" / f"{n}-{size}-{identities}-{code}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            images, factors = (torch.from_numpy(found[name]) for name in ("images", "factors"))
+            if images.shape == (n, 3, size, size) and images.dtype == torch.uint8 and factors.shape == (n, FACTORS.width):
+                return images, factors
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged
+    images, factors = draw_faces(n, size, identities)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+        with open(part, "wb") as file:
+            np.savez(file, images=images.numpy(), factors=factors.numpy())
+        os.replace(part, path)
+    return images, factors
 
 # %% ../nbs/workshop/12_data.ipynb #e1c6ffb7
 MEMBER = 64 * 2**20  # bytes of a file
@@ -628,12 +681,12 @@ def prepared_names(base: Path | None = None) -> list[str]:
     base = base or home()
     return sorted(p.parent.name for p in base.glob("*/labels.csv") if (p.parent / f"{p.parent.name}.zip").exists())
 
-# %% ../nbs/workshop/12_data.ipynb #dd32aa19
-NAMES: dict[str, Callable[..., Dataset]] = {"digits": digits, "mnist": mnist}
+# %% ../nbs/workshop/12_data.ipynb #7ecb5b63
+NAMES: dict[str, Callable[..., Dataset]] = {"digits": digits, "mnist": mnist, "faces": faces}
 
 
 def load(name: str, size: int | None = None) -> Dataset:
-    """A data set by name (`digits`, `mnist`, a prepared set), or from the path of a zip or a folder.
+    """A data set by name (`digits`, `mnist`, `faces`, a prepared set), or from the path of a zip or a folder.
 
     Args:
         name: as above.
