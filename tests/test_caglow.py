@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from condgen.contracts import Batch, Binary, Classes, Code, Noise, Real, Schema
 from condgen.models.caglow import (CAGlow, Encoder, PaperEncoder, Supervision, Trunk, discriminator_loss, encoder_loss,
-                                   feature_matching, membership)
+                                   feature_matching, membership, picture_scores)
 from condgen.models.cglow import CGlow
 from condgen.models.glow import Glow
 from condgen.runs import load, save
@@ -211,6 +211,49 @@ def test_the_gaussian_has_the_mean_of_each_condition(conditions):
     assert (written - expected).abs().mean() < 0.1 and encoder.root.shape == (1, 4, 4)
 
 
+def test_codes_take_over_a_part_of_the_noise():
+    """The codes' axes and the root together have the covariance of each class; the first code moves along the first."""
+    g, k = seeded(), torch.arange(900) % 3
+    c, s = F.one_hot(k, 3).float(), torch.randn(900, 2, generator=g)
+    s[:, 1] += 0.6 * s[:, 0]  # correlated scores are made uncorrelated, the first one first
+    z = 0.5 * torch.randn(900, 5, generator=g) + s @ torch.randn(2, 5, generator=g) * (1 + c @ torch.tensor([0.0, 1, 2]))[:, None]
+    for code, low, high in ((Code("u", 2), -1.0, 1.0), (Code("b", 2, "binary"), 0.0, 1.0)):
+        encoder = Encoder(Schema([BAR, code]), 5, 8)
+        encoder.start_from(z, c, s)
+        drawn = code.draw(100_000, lambda _, n: torch.rand(100_000, n, generator=g))
+        assert (encoder.standardised(drawn).var(0) - 1).abs().max() < 0.02
+        assert encoder.standardised(drawn).mean(0).abs().max() < 0.02
+        for j in range(3):
+            part, root, axes = z[j::3], encoder.root[j], encoder.axes[j]
+            assert torch.allclose(root @ root + axes.T @ axes, torch.cov(part.T), atol=1e-3)
+            first = s[j::3, 0] - s[j::3, 0].mean()
+            slope = first @ (part - part.mean(0)) / first.square().sum()
+            assert torch.allclose(axes[0], slope * first.std(), rtol=0.01, atol=0.01)
+            ends = [encoder(torch.cat([c[j], torch.tensor([u, (low + high) / 2])])[None], torch.zeros(1, 5))
+                    for u in (low, high)]
+            width = 2 * 3**0.5 if code.kind == "uniform" else 2
+            assert torch.allclose((ends[1] - ends[0])[0], width * axes[0], atol=1e-4)
+
+
+def test_scores_are_principal_components_within_classes():
+    g = seeded()
+    k = torch.arange(600) % 3
+    axes = torch.linalg.qr(torch.randn(48, 48, generator=g)).Q
+    hidden = torch.randn(600, 2, generator=g) * torch.tensor([3.0, 1.5])
+    x = (hidden @ axes[:, :2].T + 0.2 * torch.randn(600, 48, generator=g)).view(600, 3, 4, 4)
+    x = x + 20 * F.one_hot(k, 3).float()[:, :, None, None]
+    scores = picture_scores(x, F.one_hot(k, 3).float(), 2)
+    for j in range(2):
+        assert torch.corrcoef(torch.stack([scores[:, j], hidden[:, j]]))[0, 1].abs() > 0.97
+    assert max(scores[k == j].mean(0).abs().max() for j in range(3)) < 0.3
+    assert torch.equal(picture_scores((x - x.min()).round().to(torch.uint8), F.one_hot(k, 3).float(), 2).sign()[:5, 0],
+                       scores.sign()[:5, 0])
+    large = F.interpolate(x, scale_factor=8)
+    assert torch.allclose(picture_scores(large, F.one_hot(k, 3).float(), 2), scores * 4, rtol=1e-3, atol=1e-2)
+    with pytest.raises(ValueError, match="49 columns of codes; accepted: 48"):
+        picture_scores(x, F.one_hot(k, 3).float(), 49)
+
+
 def test_a_class_without_examples_keeps_the_identity():
     c = F.one_hot(torch.arange(40) % 2, 3).float()
     encoder = Encoder(Schema(BAR), 4, 8)
@@ -339,7 +382,8 @@ def test_latents_are_those_of_the_frozen_flow():
     exact = flow().encode(table["x"].float() / 255)
     assert torch.allclose(found["z"].view(4, 300, 64).mean(0), exact, atol=1.0)
     same = model.latents({"x": table["x"].float() / 255, "c": table["c"]})
-    assert torch.equal(same["z"], found["z"])
+    assert torch.equal(same["z"], found["z"]) and torch.allclose(same["scores"], found["scores"])
+    assert found["scores"].shape == (1200, 2) and torch.equal(found["scores"][:300], found["scores"][300:600])
 
 
 # Conditions
