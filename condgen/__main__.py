@@ -231,7 +231,7 @@ def evaluate(
             write_json(folder / "metrics.json", {"rows": rows})
     typer.echo(table(rows))
 
-# %% ../nbs/reproduction/71_command_line.ipynb #5f5ac830
+# %% ../nbs/reproduction/71_command_line.ipynb #699ec94a
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment; see `condgen list`.")],
@@ -245,10 +245,13 @@ def reproduce(
     ] = None,
 ) -> None:
     "Run an experiment of the book and store its numbers. The same command goes on where it was interrupted."
-    from condgen.recipes import EXPERIMENTS, headline, reproduce, result_path
+    import time
+
+    from condgen.recipes import headline, reproduce, result_path
     from condgen.results import show, table
 
     alone("reproduce")
+    begun = time.time()
     with resumable():
         result = reproduce(name, tier, seeds, seed, seconds(budget), runs, results)
     for row in result["rows"]:
@@ -258,7 +261,7 @@ def reproduce(
     typer.echo(table(headline(result["rows"])))
     typer.echo(f"numbers: {results or result_path(name, tier)}")
     report = (runs or Path("runs") / name.split("/")[0]) / "report.html"
-    if EXPERIMENTS[name].report and report.exists():
+    if report.exists() and report.stat().st_mtime >= begun:
         typer.echo(f"report:  {report}")
 
 # %% ../nbs/reproduction/71_command_line.ipynb #943d4b55

@@ -9,7 +9,7 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'MNIST_FLOW', 'MNIST
            'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches',
            'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #ad014dd5
+# %% ../nbs/reproduction/70_recipes.ipynb #af6d5720
 import ast
 import hashlib
 import time
@@ -24,7 +24,7 @@ import torch
 from .contracts import Code, Model, accepted
 from .data import Dataset, digits, mnist
 from .experiments.clusters import latent_clusters
-from .experiments.mnist import mnist_on_demand
+from .experiments.mnist import mnist_on_demand, mnist_pictures
 from .metrics import bpd, choose_temperature, evaluate
 from .results import layout, merge, read_results, row, rows_of, stale, write_results
 from .models.caglow import CAGlow
@@ -445,17 +445,27 @@ def acgan_digits(lab: Lab) -> list[dict[str, Any]]:
     rows = judge_rows(judge, data) if lab.first else []
     return rows + lab.measure("ACGAN", run.model, judge.model, data, run.seconds)
 
-# %% ../nbs/reproduction/70_recipes.ipynb #d4ab8b45
+# %% ../nbs/reproduction/70_recipes.ipynb #ee7d292f
 @dataclass(frozen=True)
 class Experiment:
-    "A measurement that the book shows: `run(lab)` gives the rows of one seed, `recipes` names what it trains."
+    """A measurement that the book shows.
+
+    Args:
+        name: with a slash.
+        summary: one line for `condgen list`.
+        run: `run(lab)` gives the rows of one seed.
+        recipes: names of what it trains.
+        data: makes the data set, whose fingerprint the result carries.
+        report: `report(lab, rows, folder, result)` draws what belongs to it, in the folder of the runs or beside the
+            result file.
+    """
 
     name: str
     summary: str
     run: Callable[[Lab], list[dict[str, Any]]]
     recipes: tuple[str, ...]
     data: Callable[[], Dataset] = digits
-    report: Callable[[Lab, list[dict[str, Any]], Path], None] | None = None
+    report: Callable[[Lab, list[dict[str, Any]], Path, Path], None] | None = None
 
     def config(self, tier: str) -> dict[str, Any]:
         "Everything that the numbers depend on, besides the code."
@@ -471,7 +481,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #6a7c64a4
+# %% ../nbs/reproduction/70_recipes.ipynb #8b4db0df
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -482,8 +492,8 @@ def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown + [{**r, "model": "real training images", "variant": "", "metric": "frechet"} for r in floor]
 
 
-def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
-    "One page: the table, samples by class, and what the unsupervised codes do."
+def digits_report(lab: Lab, rows: list[dict[str, Any]], folder: Path, result: Path) -> None:
+    "One page in the folder of the runs: the table, samples by class, and what the unsupervised codes do."
     from condgen.figures import Section, report_html, save_image, style, traversal
 
     style()
@@ -521,7 +531,7 @@ def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
                 traversal(x.view(10, 12, *data.shape), range(10)),
             )
         )
-    save_image(x, path.with_name("samples.png"), rows=10)
+    save_image(x, folder / "samples.png", rows=10)
     values, caglow = torch.linspace(-1, 1, 9), models["CAGlow"]
     for j in range(2):
         u = torch.zeros(9, 2)
@@ -540,7 +550,7 @@ def digits_report(lab: Lab, rows: list[dict[str, Any]], path: Path) -> None:
                 traversal(held, range(10), [f"{v:g}" for v in values]),
             )
         )
-    report_html(path, "Digits on demand", sections)
+    report_html(folder / "report.html", "Digits on demand", sections)
 
 
 EXPERIMENTS = {
@@ -571,6 +581,7 @@ EXPERIMENTS = {
             mnist_on_demand,
             ("judge-mnist", "glow-mnist", "cglow-mnist", "caglow-mnist", "caglow-mnist-literal"),
             mnist,
+            mnist_pictures,
         ),
         Experiment(
             "caglow/switches",
@@ -656,7 +667,7 @@ def reproduce(
             hours,
         )
     if experiment.report:
-        experiment.report(lab, rows, folder / "report.html")
+        experiment.report(lab, rows, folder, path)
     return result
 
 # %% ../nbs/reproduction/70_recipes.ipynb #9cceb0df
