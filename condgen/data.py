@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .contracts import RESERVED, Binary, Classes, Condition, Real, Schema, accepted, check_whole, seed_of
-from .faces import ATTRIBUTES, FACTORS
+from .faces import ATTRIBUTES
 from .faces import faces as draw_faces
 from .faces import labels as face_labels
 
@@ -236,7 +236,7 @@ def download_mnist(looked: list[Path]) -> None:
             "MNIST/raw, or use digits()"
         ) from error
 
-# %% ../nbs/workshop/12_data.ipynb #12895366
+# %% ../nbs/workshop/12_data.ipynb #606bd21d
 def faces(
     size: int = 32, n: int = 12_000, identities: int = 200, columns: Iterable[str] = ("identity", *ATTRIBUTES)
 ) -> Dataset:
@@ -264,13 +264,13 @@ def faces(
 
 @lru_cache(maxsize=1)
 def drawn(n: int, size: int, identities: int) -> tuple[Tensor, Tensor]:
-    """Drawn images, uint8 `(n, 3, size, size)`, and their factors `(n, FACTORS.width)`, from the cache if they are there."""
+    """Drawn images, uint8 `(n, 3, size, size)`, and their factors `(n, FACTORS.width)`; from the cache if there."""
     code = hashlib.sha256(Path(inspect.getsourcefile(draw_faces)).read_bytes()).hexdigest()[:12]
     path = cache() / "faces" / f"{n}-{size}-{identities}-{code}.npz"
     try:
         with np.load(path, allow_pickle=False) as found:
             images, factors = (torch.from_numpy(found[name]) for name in ("images", "factors"))
-            if images.shape == (n, 3, size, size) and images.dtype == torch.uint8 and factors.shape == (n, FACTORS.width):
+            if images.shape == (n, 3, size, size) and images.dtype == torch.uint8 and len(factors) == n:
                 return images, factors
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or damaged

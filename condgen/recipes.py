@@ -374,7 +374,7 @@ class Lab:
             *(row(name, k, v, variant, **protocol) for k, v in [("temperature", temperature), ("seconds", seconds)]),
         ]
 
-# %% ../nbs/reproduction/70_recipes.ipynb #492b8f82
+# %% ../nbs/reproduction/70_recipes.ipynb #1f164c5c
 def judge_rows(judge: Run, data: Dataset) -> list[dict[str, Any]]:
     """The judge's accuracy on test images, and how long its training took."""
     real, protocol = data.table("test"), {"n": len(data.indices("test")), "split": "test"}
@@ -412,7 +412,7 @@ def digits_variants(lab: Lab) -> list[dict[str, Any]]:
     judge, glow = lab.train("judge-digits"), lab.train("glow-digits")
     start = CAGlow.from_glow(glow.model, data.conditions)
     latents = start.latents(more.table("train"))
-    start.encoder.start_from(latents["z"], latents["c"], latents["scores"])
+    start.encoder.start_from(latents["z"], latents["c"])
     rows = lab.measure("CAGlow", start, judge.model, data, 0.0, "Gaussian start only")
     for variant, name in VARIANTS.items():
         run = lab.train(name, glow.model)

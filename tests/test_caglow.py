@@ -216,7 +216,7 @@ def test_codes_take_over_a_part_of_the_noise():
     g, k = seeded(), torch.arange(900) % 3
     c, s = F.one_hot(k, 3).float(), torch.randn(900, 2, generator=g)
     s[:, 1] += 0.6 * s[:, 0]  # correlated scores are made uncorrelated, the first one first
-    z = 0.5 * torch.randn(900, 5, generator=g) + s @ torch.randn(2, 5, generator=g) * (1 + c @ torch.tensor([0.0, 1, 2]))[:, None]
+    z = s @ torch.randn(2, 5, generator=g) * (1 + k)[:, None] + 0.5 * torch.randn(900, 5, generator=g)
     for code, low, high in ((Code("u", 2), -1.0, 1.0), (Code("b", 2, "binary"), 0.0, 1.0)):
         encoder = Encoder(Schema([BAR, code]), 5, 8)
         encoder.start_from(z, c, s)

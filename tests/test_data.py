@@ -132,6 +132,43 @@ def test_wrong_sizes_and_names():
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="no MNIST in $CONDGEN_DATA")
+def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
+    """Three parts, everyone in each; the second time no picture is drawn; a damaged file is as good as none."""
+    count, draw = [], data.draw_faces
+    monkeypatch.setattr(data, "draw_faces", lambda *a: count.append(a) or draw(*a))
+    data.drawn.cache_clear()
+    d = data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"])
+    assert list(d.conditions.names) == ["identity", "yaw", "glasses"] and d.shape == (3, 16, 16)
+    assert [len(d.indices(s)) for s in data.SPLITS] == [48, 6, 6] and d.conditions[0].n == 3
+    images, factors = draw(60, 16, 3)
+    assert torch.equal(d.images, images)
+    packed, _ = data.face_labels(factors, d.conditions.names, 3)
+    assert torch.equal(d.labels, packed)
+    (kept,) = (tmp_path / "cache" / "condgen" / "faces").iterdir()
+    again = lambda: data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"]).sha256 == d.sha256
+    data.drawn.cache_clear()
+    assert again() and len(count) == 1
+    for harm in (lambda raw: raw[:-100], lambda raw: b"", lambda raw: raw.replace(b"images", b"amiges"),
+                 lambda raw: raw[:2000] + b"\xff" + raw[2001:]):
+        kept.write_bytes(harm(kept.read_bytes()))
+        data.drawn.cache_clear()
+        assert again()
+    assert len(count) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept there
+    data.drawn.cache_clear()
+    assert again()
+    data.drawn.cache_clear()
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"size": 8}, "size=8; accepted: 16 to 256"), ({"size": 16.0}, "size=16.0"), ({"n": 0}, "n=0"),
+    ({"identities": 257}, "257; accepted: 1 to 256"), ({"columns": ["glases"]}, "did you mean 'glasses'"),
+])  # fmt: skip
+def test_drawn_faces_refuse(given, said):
+    with pytest.raises(ValueError, match=said):
+        data.faces(**{"n": 2, "size": 16, **given})
+
+
 def test_mnist():
     d = data.mnist(root=MNIST.parents[1])
     assert d.sha256.startswith("1cba8a27017a") and d.shape == (1, 32, 32)

@@ -26,7 +26,8 @@ def test_moments_of_a_bar(slope):
     x = torch.stack([bar(slope), bar(slope, 2.0), 0.5 * bar(slope), torch.roll(bar(slope), 2, 2)])[:, :, 5:27]
     found = moments(x)
     assert torch.allclose(found["slant"], torch.full((4,), slope), atol=0.02)
-    assert found["width"][1] > 1.5 * found["width"][0] and torch.allclose(found["width"][2:], found["width"][:1], atol=0.02)
+    width = found["width"]
+    assert width[1] > 1.5 * width[0] and torch.allclose(width[2:], width[:1], atol=0.02)
     assert found["ink"][2] == pytest.approx(found["ink"][0].item() / 2) and found["ink"][1] > found["ink"][0]
     assert all(v.isfinite().all() for v in moments(torch.zeros(2, 1, 8, 8)).values())
 
