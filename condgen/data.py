@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .contracts import RESERVED, Binary, Classes, Condition, Real, Schema, accepted, check_whole, seed_of
-from .faces import ATTRIBUTES
+from .faces import ATTRIBUTES, FACTORS
 from .faces import faces as draw_faces
 from .faces import labels as face_labels
 
