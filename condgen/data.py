@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'MEMBER', 'PIXELS', 'SUFFIXES', 'Row', 'PREPARE', 'PEOPLE',
            'read_conditions', 'read_images', 'find', 'celeba', 'lfw', 'utkface', 'prepare', 'prepared',
            'prepared_names', 'load']
 
-# %% ../nbs/workshop/12_data.ipynb #9abd23f2
+# %% ../nbs/workshop/12_data.ipynb #a5bb3dfd
 import contextlib
 import csv
 import hashlib
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .contracts import RESERVED, Binary, Classes, Condition, Real, Schema, accepted, check_whole, seed_of
-from .faces import ATTRIBUTES, FACTORS
+from .faces import ATTRIBUTES
 from .faces import faces as draw_faces
 from .faces import labels as face_labels
 
