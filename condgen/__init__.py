@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #6167242b
+# %% ../nbs/index.ipynb #5d0ef4af
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -30,6 +30,7 @@ NAMES = {
     "Glow": "models.glow",
     "CGlow": "models.cglow",
     "CAGlow": "models.caglow",
+    "CAGlowFaces": "models.caglow_faces",
     "ACGAN": "models.vaegan",
 }
 MODULES = [
