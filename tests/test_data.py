@@ -131,7 +131,6 @@ def test_wrong_sizes_and_names():
     assert data.load("digits", 8).shape == (1, 8, 8) and data.load("digits").shape == (1, 16, 16)
 
 
-@pytest.mark.skipif(not MNIST.exists(), reason="no MNIST in $CONDGEN_DATA")
 def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
     """Three parts, everyone in each; the second time no picture is drawn; a damaged file is as good as none."""
     count, draw = [], data.draw_faces
@@ -169,6 +168,7 @@ def test_drawn_faces_refuse(given, said):
         data.faces(**{"n": 2, "size": 16, **given})
 
 
+@pytest.mark.skipif(not MNIST.exists(), reason="no MNIST in $CONDGEN_DATA")
 def test_mnist():
     d = data.mnist(root=MNIST.parents[1])
     assert d.sha256.startswith("1cba8a27017a") and d.shape == (1, 32, 32)
