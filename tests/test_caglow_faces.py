@@ -216,3 +216,18 @@ def test_law_10_training_makes_generated_latents_readable():
     fresh.glow.load_state_dict(model.glow.state_dict())
     right = [(read(m.sample(60, 0.5, seeded(), identity=wanted))[0] == wanted).float().mean() for m in (model, fresh)]
     assert right[0] > max(0.45, right[1] + 0.05)
+
+
+def test_it_trains_on_the_form_of_eq_11_that_it_was_given():
+    """A discriminator that calls everything generated: 50 nats on real latents, and −51 more by the printed form."""
+    losses = {}
+    for form in ("corrected", "literal"):
+        model = build(form=form).eval()
+        with torch.no_grad():
+            model.supervision.real.weight.zero_()
+            model.supervision.real.bias.fill_(-50.0)
+        c = conditions_of(model.conditions, 8)
+        batch = Batch({"z": torch.randn(8, model.glow.dims, generator=seeded()), "c": c},
+                      Noise(("form",), slice(None), 8))
+        losses[form] = model.supervision_loss(batch)["D"][1].item()
+    assert losses["corrected"] == pytest.approx(50.0) and losses["literal"] == pytest.approx(50.0 - 51.0)

@@ -54,8 +54,8 @@ def test_amp_variance_by_hand():
     amp = torch.tensor([[0.2, 0.4], [0.6, 0.8], [0.1, 0.3]])  # of 3 people, 2 images each
     p = amp[:, :, None] + torch.tensor([-0.1, 0.0, 0.1])
     means = torch.tensor([0.3, 0.7, 0.2]).double()
-    assert ed.amp_variance(p) == pytest.approx(means.var().item(), abs=1e-7)
-    assert ed.amp_variance(p, "corrected") == pytest.approx(means.var().item() - 0.02 / 2, abs=1e-7)
+    assert ed.amp_variance(p, "literal") == pytest.approx(means.var().item(), abs=1e-7)
+    assert ed.amp_variance(p) == pytest.approx(means.var().item() - 0.02 / 2, abs=1e-7)
 
 
 @pytest.mark.parametrize("m", [2, 5, 30])
@@ -64,13 +64,13 @@ def test_amp_variance_counts_scatter_unless_corrected(m):
     amp = tau * randn(people, 1, 1, seed=1) + sigma * randn(people, m, 1, seed=2)
     p = amp.expand(-1, -1, 4)
     error = 5 * (tau**2 + sigma**2 / m) * math.sqrt(2 / people)
-    assert ed.amp_variance(p) == pytest.approx(tau**2 + sigma**2 / m, abs=error)
-    assert ed.amp_variance(p, "corrected") == pytest.approx(tau**2, abs=error)
+    assert ed.amp_variance(p, "literal") == pytest.approx(tau**2 + sigma**2 / m, abs=error)
+    assert ed.amp_variance(p) == pytest.approx(tau**2, abs=error)
 
 
 def test_a_generator_of_one_image_has_no_amp_variance():
     p = rand(1, 1, 6).expand(8, 30, 6)
-    assert ed.amp_variance(p) == ed.amp_variance(p, "corrected") == 0
+    assert ed.amp_variance(p) == ed.amp_variance(p, "literal") == 0
 
 
 def test_amp_variance_refuses():

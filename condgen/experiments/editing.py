@@ -42,8 +42,8 @@ def attribute_probabilities(judge: Judge, x: Tensor, names: Sequence[str]) -> Te
     columns = {item.name: part for item, part in judge.conditions.columns(logits)}
     return torch.cat([columns[name] for name in names], 1).sigmoid()
 
-# %% ../../nbs/caglow/35_editing.ipynb #0f3938ae
-def amp_variance(p: Tensor, form: str = "literal") -> float:
+# %% ../../nbs/caglow/35_editing.ipynb #8ac99d69
+def amp_variance(p: Tensor, form: str = "corrected") -> float:
     """Variance over identities of the averaged mean probability, Var(AMP), attributes being the same for all.
 
     Unbiased, with one less than the number of identities below the fraction. Zero for a generator that always emits
@@ -51,8 +51,8 @@ def amp_variance(p: Tensor, form: str = "literal") -> float:
 
     Args:
         p: attribute probabilities, `(identities, images of each, L)`.
-        form: `"literal"` (Liu et al. 2019, Table 2, which does not say how many images); or `"corrected"`, from which
-            the variance of a mean of so many images is subtracted, so that it may be negative.
+        form: `"literal"` (Liu et al. 2019, Table 2, which does not say how many images); or `"corrected"`: less the
+            variance of a mean of so many images, so that it may be negative.
 
     Raises:
         ValueError: an unknown form, another shape, fewer than 2 identities, or 1 image of each to correct with.
