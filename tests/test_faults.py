@@ -52,6 +52,15 @@ def child(folder, *arguments, limit=None, says=os.devnull):
     os._exit(code)
 
 
+def until(happened, number):
+    """Wait for something to happen while the process lives; False if it ended first."""
+    while not happened():
+        if os.waitpid(number, os.WNOHANG) != (0, 0):
+            return False
+        time.sleep(0.0005)
+    return True
+
+
 def condgen(folder, *arguments, limit=None):
     """Exit code and what was said."""
     reads, writes = os.pipe()
@@ -89,8 +98,7 @@ def check(folder, whole):
 def test_a_second_training_in_the_same_folder_is_refused_and_the_first_one_unharmed(whole, tmp_path):
     state = tmp_path / "run" / "state"
     number = child(tmp_path, *SAVING)
-    while not generations(state):
-        time.sleep(0.001)
+    assert until(lambda: generations(state), number), "it was over before"
     os.kill(number, signal.SIGSTOP)  # it is still there when the second one comes
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     code, said = condgen(tmp_path, *TRAIN, "--budget", "0s")
@@ -103,20 +111,30 @@ def test_a_second_training_in_the_same_folder_is_refused_and_the_first_one_unhar
 
 @forks
 def test_killed_twenty_times(whole, tmp_path):
-    """Signal 9 at twenty random moments, half of them in the middle of writing a state; then the same command."""
-    dice, writing, state = random.Random(0), 0, tmp_path / "run" / "state"
+    """Signal 9 at twenty random moments, half of them in the middle of writing a state; then the same command.
+
+    A training that reaches its end before its moment has come begins again from nothing.
+    """
+    dice, kills, writing, state = random.Random(0), 0, 0, tmp_path / "run" / "state"
     newest = lambda: int((generations(state) or [Path("0")])[0].name)
-    for k in range(20):
+    for _ in range(100):
         number, target = child(tmp_path, *SAVING), newest() + 64 * dice.choice([0, 1, 2])
-        while newest() < target:
-            time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.2))
-        while k % 2 and not (state / ".part").exists():
-            time.sleep(0.0002)
-        os.kill(number, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL, "it was over before"
+        going = until(lambda target=target: newest() >= target, number)
+        if going:
+            time.sleep(dice.uniform(0, 0.2))
+            going = kills % 2 == 0 or until(lambda: (state / ".part").exists(), number)
+        if going:
+            os.kill(number, signal.SIGKILL)
+            going = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
+        if not going:
+            check(tmp_path, whole)
+            shutil.rmtree(tmp_path / "run")
+            continue
         writing += (state / ".part").exists()
-    assert writing >= 5
+        kills += 1
+        if kills == 20:
+            break
+    assert kills == 20 and writing >= 5
     assert condgen(tmp_path, *TRAIN)[0] == 0
     check(tmp_path, whole)
 
@@ -127,8 +145,8 @@ def test_ctrl_c_saves_what_was_computed(whole, tmp_path):
     reads, writes = os.pipe()
     number = child(tmp_path, *TRAIN, says=writes)  # saves every minute, that is, not by itself
     os.close(writes)
-    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
-        time.sleep(0.01)
+    log = tmp_path / "run" / "log.jsonl"
+    assert until(lambda: log.exists() and log.read_text(), number), "it was over before"
     os.kill(number, signal.SIGINT)
     with os.fdopen(reads) as pipe:
         said = pipe.read()
