@@ -236,7 +236,7 @@ def download_mnist(looked: list[Path]) -> None:
             "MNIST/raw, or use digits()"
         ) from error
 
-# %% ../nbs/workshop/12_data.ipynb #606bd21d
+# %% ../nbs/workshop/12_data.ipynb #abf14825
 def faces(
     size: int = 32, n: int = 12_000, identities: int = 200, columns: Iterable[str] = ("identity", *ATTRIBUTES)
 ) -> Dataset:
@@ -278,9 +278,12 @@ def drawn(n: int, size: int, identities: int) -> tuple[Tensor, Tensor]:
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.savez(file, images=images.numpy(), factors=factors.numpy())
-        os.replace(part, path)
+        try:
+            with open(part, "wb") as file:
+                np.savez(file, images=images.numpy(), factors=factors.numpy())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     return images, factors
 
 # %% ../nbs/workshop/12_data.ipynb #e1c6ffb7

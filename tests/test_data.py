@@ -153,6 +153,14 @@ def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
         data.drawn.cache_clear()
         assert again()
     assert len(count) == 5
+    monkeypatch.setattr(data.np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
+    kept.unlink()
+    data.drawn.cache_clear()
+    with pytest.raises(ZeroDivisionError):
+        again()
+    assert not [*kept.parent.iterdir()]  # nothing half written stays behind
+    monkeypatch.undo()
+    kept.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept there
     data.drawn.cache_clear()
     assert again()
