@@ -6,7 +6,7 @@
 __all__ = ['PAPER_MNIST', 'moments', 'code_correlations', 'remembering', 'once', 'measure_mnist', 'mnist_on_demand',
            'mnist_pictures']
 
-# %% ../../nbs/caglow/32_digits.ipynb #90733d62
+# %% ../../nbs/caglow/32_digits.ipynb #2ff0893c
 import hashlib
 from collections import OrderedDict
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ..contracts import Model
 from ..data import Dataset, mnist
 from ..metrics import accuracy, bpd, choose_temperature, evaluate
 from ..models.classifier import Judge
-from ..results import row, rows_of
+from ..results import read_results, row, rows_of
 
 # %% ../../nbs/caglow/32_digits.ipynb #dc751067
 def moments(x: Tensor) -> dict[str, Tensor]:
@@ -143,15 +143,19 @@ def mnist_on_demand(lab: Any) -> list[dict[str, Any]]:
         rows.append(row("CAGlow", "seconds", run.seconds, variant, {"stage": "adversarial"}))
     return rows
 
-# %% ../../nbs/caglow/32_digits.ipynb #46061504
+# %% ../../nbs/caglow/32_digits.ipynb #6ef8a4ff
 def mnist_pictures(lab: Any, rows: list[dict[str, Any]], folder: Path, result: Path) -> None:
-    """Beside the result file, `.samples.png` and `.codes.png`: digits on demand, and the codes (Figure 6)."""
+    """Beside the result file, `.samples.png` and `.codes.png`: digits on demand, and the codes (Figure 6).
+
+    Both are of the first seed that the result holds.
+    """
     import matplotlib.pyplot as plt
 
     from condgen.figures import sheet, style, traversal
 
     style()
-    first, data, wanted = replace(lab, seed=0), mnist(), torch.arange(10).repeat_interleave(8)
+    first = replace(lab, seed=read_results(result)["config"]["seeds"][0])
+    data, wanted = mnist(), torch.arange(10).repeat_interleave(8)
     glow = once(lab, "glow-mnist").model
     caglow, literal = (first.train(name, glow).model for name in ("caglow-mnist", "caglow-mnist-literal"))
     real, labels = data.images_of("test"), data.table("test")["c"].argmax(1)
