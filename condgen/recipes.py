@@ -80,7 +80,7 @@ ADVERSARIAL = {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 80_000}}
 PAPER = {"tiny": FLOW["tiny"] | {"adversarial": 80_000}, "cpu": FLOW["cpu"] | {"adversarial": 400_000}}
 BOTH = {tier: FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 
-# %% ../nbs/reproduction/70_recipes.ipynb #d3f42fd1
+# %% ../nbs/reproduction/70_recipes.ipynb #d4b87862
 def caglow(data: Dataset, size: dict[str, Any], code: Code | None = None, **options: Any) -> CAGlow:
     """CAGlow with a flow of that size and two uniform codes, or with `code`."""
     return CAGlow(data.shape, data.conditions + (code or Code("u", 2)), **size, **options)
@@ -235,7 +235,8 @@ def train(
         out: run folder; None keeps it in memory.
         tier: size and length.
         seed: of the start, the order and all noise.
-        glow: for CAGlow recipes, a trained Glow of the same tier and seed. Stage 1 would give the same, bit for bit.
+        glow: for CAGlow recipes, a trained Glow of the same tier; with the same seed, stage 1 would give the same, bit
+            for bit.
         arguments: of the model, in place of the recipe's.
         **options: of `fit`.
     """
