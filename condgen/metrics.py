@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .contracts import Binary, Classes, Code, Condition, Model, accepted, as_numbers, check_whole, seed_of
 
-# %% ../nbs/workshop/15_metrics.ipynb #bbc5b0b5
+# %% ../nbs/workshop/15_metrics.ipynb #224ad879
 @dataclass(frozen=True)
 class MetricInfo:
     """What a metric's number means."""
@@ -43,7 +43,7 @@ HIGHER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature diversity_feature_min inception_score psnr:dB ssim "
     "attribute_accuracy identity_accuracy code_correlation nrds images_per_second:images/s"
 )
-NEITHER = "temperature silhouette parameters"
+NEITHER = "temperature silhouette parameters judge_probability"
 METRICS: dict[str, MetricInfo] = {
     name: MetricInfo(name, unit, better)
     for names, better in ((HIGHER, "higher"), (LOWER, "lower"), (NEITHER, ""))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from condgen import data
+from condgen import faces as drawing
 from condgen.contracts import Binary, Classes, Code, Real, Schema
 
 MNIST = Path(os.environ.get("CONDGEN_DATA", "nowhere")) / "MNIST" / "raw"
@@ -133,38 +134,33 @@ def test_wrong_sizes_and_names():
 
 def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
     """Three parts, everyone in each; the second time no picture is drawn; a damaged file is as good as none."""
-    count, draw = [], data.draw_faces
-    monkeypatch.setattr(data, "draw_faces", lambda *a: count.append(a) or draw(*a))
-    data.drawn.cache_clear()
+    count, render = [], data.render
+    monkeypatch.setattr(data, "render", lambda *a: count.append(a) or render(*a))
+    monkeypatch.setattr(data.inspect, "getsourcefile", lambda _: drawing.__file__)
     d = data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"])
     assert list(d.conditions.names) == ["identity", "yaw", "glasses"] and d.shape == (3, 16, 16)
     assert [len(d.indices(s)) for s in data.SPLITS] == [48, 6, 6] and d.conditions[0].n == 3
-    images, factors = draw(60, 16, 3)
+    images, factors = drawing.faces(60, 16, 3)
     assert torch.equal(d.images, images)
     packed, _ = data.face_labels(factors, d.conditions.names, 3)
     assert torch.equal(d.labels, packed)
     (kept,) = (tmp_path / "cache" / "condgen" / "faces").iterdir()
     again = lambda: data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"]).sha256 == d.sha256
-    data.drawn.cache_clear()
     assert again() and len(count) == 1
     for harm in (lambda raw: raw[:-100], lambda raw: b"", lambda raw: raw.replace(b"images", b"amiges"),
                  lambda raw: raw[:2000] + b"\xff" + raw[2001:]):
         kept.write_bytes(harm(kept.read_bytes()))
-        data.drawn.cache_clear()
         assert again()
     assert len(count) == 5
     monkeypatch.setattr(data.np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
     kept.unlink()
-    data.drawn.cache_clear()
     with pytest.raises(ZeroDivisionError):
         again()
     assert not [*kept.parent.iterdir()]  # nothing half written stays behind
     monkeypatch.undo()
     kept.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept there
-    data.drawn.cache_clear()
     assert again()
-    data.drawn.cache_clear()
 
 
 @pytest.mark.parametrize(("given", "said"), [
