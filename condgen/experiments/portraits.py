@@ -563,7 +563,7 @@ def ordering(rows: list[dict[str, Any]], metric: str, at: dict[str, Any], better
     verdict = "open" if low is None or low <= 0 <= high else "holds" if low > 0 else "does not hold"
     return statistics.fmean(differences), low, high, verdict
 
-# %% ../../nbs/caglow/38_portraits.ipynb #d13d2483
+# %% ../../nbs/caglow/38_portraits.ipynb #8c0bf7a3
 SHOWN = (3, 4, 2, 1)  # people in pictures
 
 
@@ -583,7 +583,7 @@ def keep_figure(fig: Any, result: Path) -> None:
     """Save a figure beside its result, as `.png`."""
     import matplotlib.pyplot as plt
 
-    fig.savefig(result.with_suffix(".png"))
+    fig.savefig(result.with_suffix(".png"), bbox_inches="tight")
     plt.close(fig)
 
 
@@ -620,7 +620,7 @@ def picture_wearing(lab: Any, rows: list[dict[str, Any]], folder: Path, result: 
             strips.append(torch.cat([with_noise(model, k, identity=k, **none | worn)
                                      for worn in [{}, *({a: 1.0} for a in WORN)]]))
             words.append(name if k == SHOWN[0] else "")
-    keep_figure(traversal(torch.stack(strips), words, ["nothing", *WORN], scale=0.75), result)
+    keep_figure(traversal(torch.stack(strips), words, ["nothing", *WORN], scale=0.95), result)
 
 
 def picture_switched(lab: Any, rows: list[dict[str, Any]], folder: Path, result: Path) -> None:
@@ -639,7 +639,7 @@ def picture_switched(lab: Any, rows: list[dict[str, Any]], folder: Path, result:
     shown |= {f"{name}, {variant}".removesuffix(", ").replace("literal", "paper's networks").replace(", corrected", ""):
               apply(source, c, new) for (name, variant), apply in change.items() if variant != "m = 1.6"}
     signs = [f"{'+' if FACTORS.unpack(after[at])[a][j] > 0 else '−'} {a}" for j, a in enumerate(JUDGED)]
-    keep_figure(traversal(torch.stack(list(shown.values())), list(shown), signs, scale=0.75), result)
+    keep_figure(traversal(torch.stack(list(shown.values())), list(shown), signs, scale=1.05), result)
 
 
 def picture_between(lab: Any, rows: list[dict[str, Any]], folder: Path, result: Path) -> None:
