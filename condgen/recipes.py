@@ -11,7 +11,7 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'FACE_FLOW', 'FACE_B
            'digits_variants', 'flow_switches', 'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report',
            'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #1cf8a8d9
+# %% ../nbs/reproduction/70_recipes.ipynb #ae547ac3
 import ast
 import hashlib
 import time
@@ -25,7 +25,7 @@ import torch
 
 from .contracts import Code, Model, accepted
 from .data import Dataset, digits, mnist, portraits
-from .experiments.clusters import latent_clusters
+from .experiments.clusters import latent_clusters, mnist_clusters, picture_mnist_clusters
 from .experiments.front import front_digits
 from .experiments.mnist import mnist_codes, mnist_on_demand, mnist_pictures
 from .experiments.photographs import celeba_on_demand, celeba_people, lfw_on_demand, lfw_people
@@ -626,7 +626,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #e18d02c5
+# %% ../nbs/reproduction/70_recipes.ipynb #1f29477e
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -782,6 +782,14 @@ EXPERIMENTS = {
             mnist_codes,
             ("glow-mnist", "caglow-mnist", "caglow-mnist-literal"),
             mnist,
+        ),
+        Experiment(
+            "caglow/fig1-mnist",
+            "Figure 1 at ten classes: inferred and written latents of MNIST",
+            mnist_clusters,
+            ("glow-mnist", "cglow-mnist", "caglow-mnist", "caglow-mnist-literal"),
+            mnist,
+            picture_mnist_clusters,
         ),
         Experiment(
             "caglow/switches",

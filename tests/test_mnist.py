@@ -9,6 +9,7 @@ from torch import nn
 from condgen import recipes
 from condgen.contracts import Classes, Code, Schema
 from condgen.data import digits
+from condgen.experiments import clusters
 from condgen.experiments import mnist as table1
 from condgen.experiments.mnist import code_correlations, moments, once, remembering
 from condgen.models.classifier import Judge
@@ -113,4 +114,28 @@ def test_the_experiment_runs_through(monkeypatch, tmp_path):
     again = replace(lab, seed=1, first=False, trained=0.0)
     assert once(again, "glow-mnist").folder == once(lab, "glow-mnist").folder
     assert again.trained == 0 and lab.trained > 0
+    recipes.mnist_to_train.cache_clear()
+
+
+@pytest.mark.slow
+def test_figure_1_runs_through_on_digits(monkeypatch, tmp_path):
+    data = digits(32, copies=2)
+    for module in (recipes, clusters):
+        monkeypatch.setattr(module, "mnist", lambda: data)
+    recipes.mnist_to_train.cache_clear()
+    experiment = recipes.EXPERIMENTS["caglow/fig1-mnist"]
+    monkeypatch.setitem(recipes.EXPERIMENTS, experiment.name, replace(experiment, data=lambda: data))
+    for name in experiment.recipes:
+        plan = recipes.RECIPES[name]
+        images = {"tiny": {stage: {"flow": 128, "adversarial": 160}[stage] for stage in plan.images["tiny"]}}
+        monkeypatch.setitem(recipes.RECIPES, name, replace(plan, images=images))
+    path = tmp_path / "fig1-mnist.json"
+    result = recipes.reproduce("caglow/fig1-mnist", "tiny", runs=tmp_path / "runs", results=path, progress=False)
+    found = {(r["model"], r["variant"], r["metric"], r["at"]["space"]): r["value"] for r in result["rows"]}
+    assert len(found) == len(result["rows"]) == 3 * (3 * 3 + 1)
+    assert all(0 <= v <= 1 for (_, _, metric, _), v in found.items() if metric in ("accuracy", "knn_two_sample"))
+    assert found["CAGlow", "corrected", "accuracy", "class directions"] > 0.5  # its Gaussian start knows the classes
+    assert path.with_suffix(".png").stat().st_size > 5_000
+    x, y = clusters.first_of_each(data, "test", 3)
+    assert y.tolist() == [k for k in range(10) for _ in range(3)] and x.shape == (30, 1, 32, 32)
     recipes.mnist_to_train.cache_clear()
