@@ -469,6 +469,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                           'condgen/experiments/portraits.py'),
                                                'condgen.experiments.portraits.render_all': ( 'caglow/portraits.html#render_all',
                                                                                              'condgen/experiments/portraits.py'),
+                                               'condgen.experiments.portraits.small_faces': ( 'caglow/portraits.html#small_faces',
+                                                                                              'condgen/experiments/portraits.py'),
                                                'condgen.experiments.portraits.standard': ( 'caglow/portraits.html#standard',
                                                                                            'condgen/experiments/portraits.py'),
                                                'condgen.experiments.portraits.switched': ( 'caglow/portraits.html#switched',
