@@ -885,7 +885,7 @@ def reproduce(
         experiment.report(lab, rows, folder, path)
     return result
 
-# %% ../nbs/reproduction/70_recipes.ipynb #157c40f7
+# %% ../nbs/reproduction/70_recipes.ipynb #72d59115
 SHIPPED = ("judge-digits", "cglow-digits", "caglow-digits", "acgan-digits", "caglow-faces-top")
 DIGITS = (
     "1,797 handwritten digits collected by E. Alpaydin and C. Kaynak (UCI Machine Learning Repository), "
@@ -897,7 +897,7 @@ PORTRAITS = "24,000 pictures of 200 people who do not exist, drawn by condgen.da
 
 
 def ship_weights(runs: str | Path = "runs/shipped", out: str | Path | None = None) -> list[Path]:
-    """Train the recipes of `SHIPPED` and write their weights. Faces use the Glow of `glow-faces`, which is trained first.
+    """Train the recipes of `SHIPPED` and write their weights; that of faces on the Glow of `glow-faces`.
 
     Args:
         runs: folder of the run folders; what is there is used.

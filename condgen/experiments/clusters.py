@@ -78,7 +78,7 @@ def written(model: Model, labels: Tensor, seed: int = 0, temperature: float = 1.
     mean, log_std = model.prior(c)
     return class_blind(model, torch.cat([mean + log_std.exp() * z[:, : model.top], z[:, model.top :]], 1))
 
-# %% ../../nbs/caglow/34_clusters.ipynb #2c9bb8d3
+# %% ../../nbs/caglow/34_clusters.ipynb #893452ee
 def compared(
     flow: Glow, real: Tensor, y: Tensor, many: list[tuple[Tensor, Tensor]], directions: Tensor, places: Tensor, k: int
 ) -> dict[str, dict[str, float]]:
@@ -98,8 +98,10 @@ def compared(
     found: dict[str, dict[str, float]] = {}
     for space, f in spaces.items():
         a = f(real)
-        each = [{"knn_two_sample": knn_two_sample(a, f(z), k, y, t), "centroid_distance": centroid_distance(a, y, f(z), t),
-                 "silhouette": silhouette(torch.cat([a, f(z)]), torch.cat([y, t]))} for z, t in many]  # fmt: skip
+        names = ("knn_two_sample", "centroid_distance", "silhouette")
+        values = [(knn_two_sample(a, f(z), k, y, t), centroid_distance(a, y, f(z), t),
+                   silhouette(torch.cat([a, f(z)]), torch.cat([y, t]))) for z, t in many]  # fmt: skip
+        each = [dict(zip(names, v, strict=True)) for v in values]
         if space == "class directions":
             each = [{**e, "accuracy": accuracy(torch.cdist(f(z), places).argmin(1), t)}
                     for e, (z, t) in zip(each, many, strict=True)]  # fmt: skip
@@ -142,7 +144,7 @@ def latent_clusters(lab: Any) -> list[dict[str, Any]]:
                          for metric, mean in numbers.items()]  # fmt: skip
     return rows
 
-# %% ../../nbs/caglow/34_clusters.ipynb #f7b311fb
+# %% ../../nbs/caglow/34_clusters.ipynb #7b52ee0c
 def mnist_models(lab: Any) -> dict[tuple[str, str], Model]:
     """CGlow and both CAGlows of MNIST by name and variant; the flows are those of seed 0."""
     glow = once(lab, "glow-mnist").model
@@ -204,8 +206,8 @@ def picture_mnist_clusters(lab: Any, rows: list[dict[str, Any]], folder: Path, r
         joint, sampled = torch.cat([real, made]), torch.arange(2 * len(y)) >= len(y)
         title = {"literal": "CAGlow, paper's networks"}.get(variant, name)
         for line, z in enumerate((joint, joint.double() @ directions)):
-            points = embed(z, perplexity=min(30, each))
-            clusters(points, y.repeat(2), sampled, axes[line, column], f"{title}, {('all levels', 'class directions')[line]}")
+            points, space = embed(z, perplexity=min(30, each)), ("all levels", "class directions")[line]
+            clusters(points, y.repeat(2), sampled, axes[line, column], f"{title}, {space}")
     handles, names = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=6, fontsize=9, handletextpad=0.3)
     result.with_suffix(".png").write_bytes(png(fig))

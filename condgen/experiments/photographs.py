@@ -81,9 +81,9 @@ def lfw_people() -> Dataset:
     """LFW: the 34 people with at least thirty images."""
     return people("lfw")
 
-# %% ../../nbs/caglow/39_photographs.ipynb #08ddfe4e
+# %% ../../nbs/caglow/39_photographs.ipynb #9698e579
 def named(faces: Faces) -> dict[str, float]:
-    """`identity_accuracy` among those who have a name, and `attribute_accuracy`, balanced, where there are attributes."""
+    """`identity_accuracy` among those who have a name; `attribute_accuracy`, balanced, where there are attributes."""
     item = faces.judge.conditions[0]
     who = faces.judge.conditions.unpack(faces.asked)["identity"]
     found = {"identity_accuracy": faces.right["identity"][who < item.n - 1].double().mean().item()}
