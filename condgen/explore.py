@@ -89,7 +89,7 @@ def labels_of(item: Condition) -> list[str]:
     name = item.name.replace("_", " ")
     return [f"{name} {i + 1}" for i in range(item.n)] if isinstance(item, Code) and item.n > 1 else [name]
 
-# %% ../nbs/workshop/17_explorers.ipynb #d97117e5
+# %% ../nbs/workshop/17_explorers.ipynb #d869d42c
 def numbers_of(item: Condition, value: Any) -> list[float]:
     """What the controls of a condition show for one value of it.
 
@@ -111,8 +111,8 @@ class Setting:
 
     Args:
         schema: the conditions.
-        top: start at the top of every range; otherwise at the first class, without any property, and in the middle
-            of numbers and uniform codes.
+        top: start with the first condition at the top of its range. All others start at the first class, without any
+            property, and in the middle of numbers and uniform codes.
 
     Attributes:
         controls: sliders by the condition's name, one for each code, one for anything else.
@@ -126,7 +126,7 @@ class Setting:
             if isinstance(item, Real) or isinstance(item, Code) and item.kind == "uniform":
                 low += step_of(low, high) * round((high - low) / 2 / step_of(low, high))
             for slider in self.controls[item.name]:
-                slider.value = high if top else low
+                slider.value = high if top and item is schema[0] else low
 
     def __iter__(self) -> Iterator[widgets.Widget]:
         return itertools.chain(*self.controls.values())
@@ -213,9 +213,9 @@ class Panel(widgets.VBox):
     def __repr__(self) -> str:
         return f"Explorer, {self.caption}"
 
-# %% ../nbs/workshop/17_explorers.ipynb #4ca9400e
+# %% ../nbs/workshop/17_explorers.ipynb #491765ad
 SOON, LATEST = 0.005, 0.05  # seconds without a further move before a picture is drawn; the most that one waits
-SHEET = 360  # pixels: small images are enlarged until a sheet is about this wide
+SHEET = 480  # pixels: small images are enlarged until a sheet is about this wide
 
 
 def sheet_png(images: Tensor) -> bytes:
