@@ -53,7 +53,7 @@ def a_batch(model, n=16):
 
 @cache
 def learned():
-    model = build(width=8, lr=4e-3)
+    model = build(width=8, code=2, lr=4e-3)
     return model, fit(model, bars(), images=9_600, progress=False).log
 
 
@@ -191,7 +191,7 @@ def test_law_10_it_learns_and_law_7_the_label_acts():
         assert (bands.argmax(1) == k).float().mean() > 0.9
         assert (y - picture(torch.full_like(c, k), place)).abs().mean() < 0.1
     code = model.encode(x)
-    assert code.shape == (len(x), 4) and code.abs().max() <= 1
+    assert code.shape == (len(x), 2) and code.abs().max() <= 1
 
 
 def test_the_judge_of_codes_fills_the_box():
