@@ -6,18 +6,19 @@
 __all__ = ['Form', 'generator_term', 'step_aim', 'best_reply', 'non_saturating_aim', 'kl_to_both', 'critic_of_gaussians',
            'mean_push', 'Ensemble', 'train_critics', 'trained_push', 'gap_over_time', 'Trajectory', 'trajectory']
 
-# %% ../nbs/foundations/06_instability.ipynb #2eb0b619
+# %% ../nbs/foundations/06_instability.ipynb #306644d1
 import difflib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .divergences import _check_pair, check_probs, gaussian_log_prob, js, kl, mixture, p_log_q
-from .games import GAMES, gradient_penalty, optimal_logit
+from .divergences import _check_pair, gaussian_log_prob, js, kl, mixture, p_log_q
+from .games import GAMES, gradient_penalty
 
 # %% ../nbs/foundations/06_instability.ipynb #c7265d47
 Form = Literal["corrected", "literal"]
@@ -186,7 +187,7 @@ def mean_push(game: str, gap: Tensor, weight: float = 0.0) -> Tensor:
     slope, = torch.autograd.grad(loss, x)
     return -(mass * slope).sum(-1) + weight * gap
 
-# %% ../nbs/foundations/06_instability.ipynb #8595edcd
+# %% ../nbs/foundations/06_instability.ipynb #b27b89c6
 class Ensemble(nn.Module):
     """Many fully connected networks of one shape, computed together; none sees another.
 
@@ -220,7 +221,7 @@ class Ensemble(nn.Module):
         return x
 
 
-def train_critics(game: str, gap: Tensor, seeds: int = 5, steps: int = 400, width: int = 16, lr: float = 1e-2,
+def train_critics(game: str, gap: Tensor, seeds: int = 5, steps: int = 300, width: int = 16, lr: float = 1e-2,
                   batch: int = 64, penalty: float = 10.0, seed: int = 0) -> Ensemble:
     """Critics of N(0, 1) against N(−gap, 1), a network for each gap and seed, trained on fresh samples by Adam.
 
@@ -312,7 +313,7 @@ def gap_over_time(game: str, gap: float, time: float, steps: int = 400, weight: 
         now = (now - dt * mean_push(game, middle, weight)).clamp(min=0)
     return torch.cat([*path, now])
 
-# %% ../nbs/foundations/06_instability.ipynb #fbba9fc7
+# %% ../nbs/foundations/06_instability.ipynb #85b358b8
 @dataclass(frozen=True)
 class Trajectory:
     """One training on a line.
@@ -376,7 +377,7 @@ def trajectory(game: str = "saturating", gap: float = 4.0, lr: float = 0.1, crit
             descent.zero_grad()
             loss.backward()
             descent.step()
-        judge = (lambda x: critic_of_gaussians(game, x, mean, log_std)) if exact else learned
+        judge = partial(critic_of_gaussians, game, mean=mean, log_std=log_std) if exact else learned
         now = (mean + log_std.exp() * shown, mean, log_std.exp(), judge(grid))
         paths.append(tuple(part.detach().clone() for part in now))
         if k < steps:

@@ -13,7 +13,7 @@ from condgen import recipes
 from condgen.contracts import Binary, Classes, Real, Schema
 from condgen.data import SPLITS, Dataset, portraits
 from condgen.experiments import photographs
-from condgen.experiments.photographs import named, people, within_people
+from condgen.experiments.photographs import named, people, varied, within_people
 from condgen.experiments.portraits import Faces
 
 
@@ -68,10 +68,15 @@ def test_those_without_a_name_do_not_count():
 
     shown = asked.clone()
     shown[4:, :3] = torch.tensor([1.0, 0.0, 0.0])  # the nameless taken for the first person
+    shown[:4, 2] = 2.0  # and all others for nobody in particular
     found = named(Faces((20 * shown - 10)[:, :, None, None], asked, Planted()))
     assert found == {"identity_accuracy": 1.0, "attribute_accuracy": 1.0}
-    shown[0, :3] = torch.tensor([0.0, 1.0, 0.0])
+    shown[0, :2] = torch.tensor([0.0, 1.0])
     assert named(Faces((20 * shown - 10)[:, :, None, None], asked, Planted()))["identity_accuracy"] == 0.75
+    still = shown[:1].expand(6, -1)
+    images = lambda c: Faces(c[:, :, None, None], asked, Planted())
+    assert varied(images(shown), images(shown)) == pytest.approx({"diversity_pixel": 1, "diversity_feature": 1})
+    assert varied(images(still), images(shown)) == pytest.approx({"diversity_pixel": 0, "diversity_feature": 0})
 
 
 def test_without_the_prepared_set_the_message_says_what_is_missing(monkeypatch, tmp_path):
