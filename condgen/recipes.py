@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'FACE_FLOW', 'FACE_BOTH', 'FACE_PAPER', 'PHOTO_FLOW', 'PHOTO_BOTH',
-           'LFW_BOTH', 'PAPER_WEIGHTS', 'MNIST_FLOW', 'MNIST_BOTH', 'MNIST_PAPER', 'LITERAL', 'RECIPES', 'LISTS',
-           'VARIANTS', 'SWITCHES', 'HEADLINES', 'FACES_ON_DEMAND', 'EXPERIMENTS', 'SHIPPED', 'DIGITS', 'PORTRAITS',
-           'Recipe', 'more_digits', 'flow_size', 'caglow', 'mnist_to_train', 'mnist_flow', 'faces_to_train',
-           'face_flow', 'photo_flow', 'recipe', 'check_tier', 'train', 'definitions', 'source', 'OutOfTime', 'Lab',
-           'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches', 'acgan_digits', 'Experiment',
-           'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
+           'LFW_BOTH', 'AGES', 'AEGAN', 'PAPER_WEIGHTS', 'MNIST_FLOW', 'MNIST_BOTH', 'MNIST_PAPER', 'LITERAL',
+           'RECIPES', 'LISTS', 'VARIANTS', 'SWITCHES', 'HEADLINES', 'FACES_ON_DEMAND', 'EXPERIMENTS', 'SHIPPED',
+           'DIGITS', 'PORTRAITS', 'Recipe', 'more_digits', 'flow_size', 'caglow', 'mnist_to_train', 'mnist_flow',
+           'faces_to_train', 'face_flow', 'photo_flow', 'caae_size', 'recipe', 'check_tier', 'train', 'definitions',
+           'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches',
+           'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #1cdc093c
+# %% ../nbs/reproduction/70_recipes.ipynb #64691683
 import ast
 import hashlib
 import time
@@ -25,20 +25,26 @@ import torch
 
 from .contracts import Code, Model, accepted
 from .data import Dataset, digits, mnist, portraits
+from .experiments.ageing import (caae_codes, faces_aged, lives_with_ages, lives_with_names, picture_ageing,
+    utkface_aged, utkface_ages)
 from .experiments.clusters import latent_clusters, mnist_clusters, picture_mnist_clusters
 from .experiments.front import front_digits
 from .experiments.mnist import mnist_codes, mnist_on_demand, mnist_pictures
+from .experiments.modes import grid, grid_modes, ring, ring_modes
 from .experiments.photographs import celeba_on_demand, celeba_people, lfw_on_demand, lfw_people
 from .experiments.portraits import (clouds_of_people, codes_of_faces, face_costs, faces_on_demand,
     fixed_attributes, interpolated, manipulated, picture_between, picture_clusters, picture_codes, picture_switched,
     picture_wearing, small_faces, switched, wearing)
 from .experiments.tasks import few_labels, level_probes, three_tasks
+from .experiments.weights import sweep_weights
 from .metrics import bpd, choose_temperature, evaluate
 from .results import layout, merge, read_results, row, rows_of, stale, write_results
+from .models.caae import CAAE
 from .models.caglow import CAGlow
 from .models.caglow_faces import CAGlowFaces
 from .models.cglow import CGlow
 from .models.classifier import FaceJudge, Judge
+from .models.decoupled import CoupledAE, DecoupledAE
 from .models.glow import Glow
 from .models.vaegan import ACGAN
 from .runs import Run, make_folder, ship
@@ -89,7 +95,7 @@ ADVERSARIAL = {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 80_000}}
 PAPER = {"tiny": FLOW["tiny"] | {"adversarial": 80_000}, "cpu": FLOW["cpu"] | {"adversarial": 400_000}}
 BOTH = {tier: FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 
-# %% ../nbs/reproduction/70_recipes.ipynb #b0a31ed9
+# %% ../nbs/reproduction/70_recipes.ipynb #ad3e98e9
 def caglow(data: Dataset, size: dict[str, Any], code: Code | None = None, **options: Any) -> CAGlow:
     """CAGlow with a flow of that size and two uniform codes, or with `code`."""
     return CAGlow(data.shape, data.conditions + (code or Code("u", 2)), **size, **options)
@@ -125,12 +131,19 @@ def photo_flow(tier: str) -> dict[str, Any]:
     return face_flow(tier) if tier == "tiny" else {"levels": 3, "depth": 6, "width": 48, "lr": 2e-3}
 
 
+def caae_size(tier: str) -> dict[str, Any]:
+    """Arguments of a CAAE; at `cpu` its own."""
+    return {"code": 16, "width": 8} if tier == "tiny" else {}
+
+
 FACE_FLOW = {"tiny": {"flow": 3_200}, "cpu": {"flow": 160_000}}
 FACE_BOTH = {tier: FACE_FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 FACE_PAPER = {"tiny": FACE_BOTH["tiny"], "cpu": FACE_FLOW["cpu"] | {"adversarial": 240_000}}
 PHOTO_FLOW = {"tiny": {"flow": 3_200}, "cpu": {"flow": 64_000}}
 PHOTO_BOTH = {tier: PHOTO_FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 LFW_BOTH = {"tiny": PHOTO_BOTH["tiny"], "cpu": PHOTO_FLOW["cpu"] | {"adversarial": 20_000}}  # a root for each of 35 classes
+AGES = {"tiny": {"adversarial": 3_200}, "cpu": {"adversarial": 100_000}}
+AEGAN = {"tiny": {"adversarial": 1_600, "codes": 640}, "cpu": {"adversarial": 32_000, "codes": 6_400}}
 PAPER_WEIGHTS = {"C": 1.0, "FM": 1.0}
 MNIST_FLOW = {"tiny": {"flow": 6_400}, "cpu": {"flow": 200_000}}
 MNIST_BOTH = {tier: MNIST_FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
@@ -346,6 +359,60 @@ RECIPES = {
             lambda data, tier: caglow(data, photo_flow(tier), latent="top"),
             LFW_BOTH,
             "judge-lfw",
+        ),
+        Recipe(
+            "judge-ages",
+            "GoogLeNet that reads how old a drawn person is, and who it is",
+            lives_with_names,
+            lambda data, tier: FaceJudge(data.shape, data.conditions).to(memory_format=torch.channels_last),
+            {"tiny": {"judge": 1_280}, "cpu": {"judge": 80_000}},
+        ),
+        Recipe(
+            "caae-faces",
+            "CAAE on drawn people of all ages: the person in a code, the age on demand",
+            lives_with_ages,
+            lambda data, tier: CAAE(data.shape, data.conditions, **caae_size(tier)),
+            AGES,
+            "judge-ages",
+        ),
+        Recipe(
+            "caae-faces-literal",
+            "CAAE with the weights of its released code, where nobody listens to the judge of codes",
+            lives_with_ages,
+            lambda data, tier: CAAE(data.shape, data.conditions, form="literal", **caae_size(tier)),
+            AGES,
+            "judge-ages",
+        ),
+        Recipe(
+            "judge-utkface",
+            "GoogLeNet that reads the age on UTKFace, in ten bins",
+            utkface_ages,
+            lambda data, tier: FaceJudge(data.shape, data.conditions).to(memory_format=torch.channels_last),
+            {"tiny": {"judge": 1_280}, "cpu": {"judge": 48_000}},
+        ),
+        Recipe(
+            "caae-utkface",
+            "CAAE on UTKFace: ten ages on demand",
+            utkface_ages,
+            lambda data, tier: CAAE(data.shape, data.conditions, **caae_size(tier)),
+            AGES,
+            "judge-utkface",
+        ),
+        Recipe(
+            "aegan-faces",
+            "AE//GAN on drawn portraits: an autoencoder, and a second generator that only the discriminator teaches",
+            faces_to_train,
+            lambda data, tier: DecoupledAE(data.shape, latent=64, width=4 if tier == "tiny" else 8),
+            AEGAN,
+            "judge-faces",
+        ),
+        Recipe(
+            "aegan-coupled",
+            "AE+GAN on drawn portraits: one autoencoder for reconstruction and discriminator",
+            faces_to_train,
+            lambda data, tier: CoupledAE(data.shape, latent=64, width=4 if tier == "tiny" else 8),
+            AEGAN,
+            "judge-faces",
         ),
     ]
 }
@@ -627,7 +694,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #ee73c5eb
+# %% ../nbs/reproduction/70_recipes.ipynb #7d232ae6
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -804,6 +871,49 @@ EXPERIMENTS = {
             "Do recomputed activations and bfloat16 networks change what the digits flow learns?",
             flow_switches,
             ("glow-digits",),
+        ),
+        Experiment(
+            "games/ring",
+            "Modes of a ring of 8 Gaussians: GAN, GAN with reconstruction, direct matching",
+            ring_modes,
+            (),
+            ring,
+        ),
+        Experiment(
+            "games/grid",
+            "Modes of a grid of 25 Gaussians: GAN, GAN with reconstruction, direct matching",
+            grid_modes,
+            (),
+            grid,
+        ),
+        Experiment(
+            "caae/ageing",
+            "Drawn people in ten ages: age, person, pixels, sharpness, order; ablations and group-wise steps",
+            faces_aged,
+            ("judge-ages", "caae-faces", "caae-faces-literal"),
+            lives_with_names,
+            picture_ageing,
+        ),
+        Experiment(
+            "caae/codes",
+            "Are CAAE's codes uniform, do they know the age, and are samples faces?",
+            caae_codes,
+            ("judge-ages", "caae-faces", "caae-faces-literal"),
+            lives_with_names,
+        ),
+        Experiment(
+            "caae/utkface",
+            "CAAE on UTKFace as numbers: do estimated ages rise along the bins?",
+            utkface_aged,
+            ("judge-utkface", "caae-utkface"),
+            utkface_ages,
+        ),
+        Experiment(
+            "aegan/sweep",
+            "Weight of the game, coupled against decoupled: Fréchet distance, reconstruction, residual",
+            sweep_weights,
+            ("judge-faces", "aegan-coupled", "aegan-faces"),
+            portraits,
         ),
         Experiment(
             "hybrids/acgan-digits",

@@ -284,7 +284,7 @@ def points(name: str) -> PointSet:
         raise ValueError(f"points {name!r}; {accepted(sets, name)}")
     return sets[name]()
 
-# %% ../../nbs/hybrids/47_modes.ipynb #d9d08dba
+# %% ../../nbs/hybrids/47_modes.ipynb #3c04f679
 RATES = (1e-3, 3e-3, 1e-2)
 WEIGHTS = (0.0, 1.0, 10.0, 100.0)
 SIZES = {"tiny": {"steps": 40, "n": 1_000}, "cpu": {"steps": 2_500, "n": 4_000}}
@@ -315,12 +315,13 @@ def count_modes(lab: Any, data: PointSet) -> list[dict[str, Any]]:
         for inputs, found in shares.items():
             if v.model == "GAN" and inputs != "prior samples":
                 continue  # its encoder was never asked to be undone
-            at, ranked = {"weight": v.weight, "inputs": inputs}, found[best].sort(descending=True).values
+            at = {"weight": v.weight, "inputs": inputs}
             rows += [row(v.model, "modes", covered(found[best]).item(), at=at, **common),
                      row(v.model, "mode_precision", found[best].sum().item(), at=at, **common)]  # fmt: skip
-            if inputs != "reconstructions of training points":
-                rows += [row(v.model, "mode_share", round(s, 6), at={**at, "rank": i}, **common)
-                         for i, s in enumerate(ranked.tolist(), 1)]  # fmt: skip
+            if inputs == "prior samples":
+                ranked = found[best].sort(descending=True).values.tolist()
+                rows += [row(v.model, "mode_share", round(share, 6), at={**at, "rank": rank}, **common)
+                         for rank, share in enumerate(ranked, 1)]  # fmt: skip
             if inputs in real:
                 x = real[inputs]
                 error = (trained.reconstructions(x)[best] - x).square().mean().item()
