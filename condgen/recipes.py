@@ -95,7 +95,7 @@ ADVERSARIAL = {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 80_000}}
 PAPER = {"tiny": FLOW["tiny"] | {"adversarial": 80_000}, "cpu": FLOW["cpu"] | {"adversarial": 400_000}}
 BOTH = {tier: FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 
-# %% ../nbs/reproduction/70_recipes.ipynb #ad3e98e9
+# %% ../nbs/reproduction/70_recipes.ipynb #358ff1eb
 def caglow(data: Dataset, size: dict[str, Any], code: Code | None = None, **options: Any) -> CAGlow:
     """CAGlow with a flow of that size and two uniform codes, or with `code`."""
     return CAGlow(data.shape, data.conditions + (code or Code("u", 2)), **size, **options)
@@ -141,7 +141,7 @@ FACE_BOTH = {tier: FACE_FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 FACE_PAPER = {"tiny": FACE_BOTH["tiny"], "cpu": FACE_FLOW["cpu"] | {"adversarial": 240_000}}
 PHOTO_FLOW = {"tiny": {"flow": 3_200}, "cpu": {"flow": 64_000}}
 PHOTO_BOTH = {tier: PHOTO_FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
-LFW_BOTH = {"tiny": PHOTO_BOTH["tiny"], "cpu": PHOTO_FLOW["cpu"] | {"adversarial": 20_000}}  # a root for each of 35 classes
+LFW_BOTH = {"tiny": PHOTO_BOTH["tiny"], "cpu": PHOTO_FLOW["cpu"] | {"adversarial": 20_000}}
 AGES = {"tiny": {"adversarial": 3_200}, "cpu": {"adversarial": 100_000}}
 AEGAN = {"tiny": {"adversarial": 1_600, "codes": 640}, "cpu": {"adversarial": 32_000, "codes": 6_400}}
 PAPER_WEIGHTS = {"C": 1.0, "FM": 1.0}

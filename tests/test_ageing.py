@@ -13,7 +13,8 @@ from condgen.contracts import Classes, Schema
 from condgen.data import Dataset
 from condgen.experiments import ageing as tables
 from condgen.experiments.ageing import (ABLATIONS, BINS, EDGES, STAYS, Aged, Gallery, Transitions, centre, estimated,
-                                        into_bins, lives, lives_with_ages, monotonicity, rendered, ridge, sharpness, sittings)
+                                        into_bins, lives, lives_with_ages, monotonicity, rendered, ridge, sharpness,
+                                        sittings)  # fmt: skip
 from condgen.faces import FACTORS
 from condgen.metrics import MetricInfo
 from condgen.models.caae import CAAE

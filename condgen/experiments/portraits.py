@@ -602,7 +602,7 @@ def ordering(rows: list[dict[str, Any]], metric: str, at: dict[str, Any], better
     verdict = "open" if low is None or low <= 0 <= high else "holds" if low > 0 else "does not hold"
     return statistics.fmean(differences), low, high, verdict
 
-# %% ../../nbs/caglow/38_portraits.ipynb #e141de42
+# %% ../../nbs/caglow/38_portraits.ipynb #56e6abb6
 SHOWN = (3, 4, 9, 6)  # people in pictures: two women, two men
 
 
@@ -654,12 +654,13 @@ def picture_wearing(lab: Any, rows: list[dict[str, Any]], folder: Path, result: 
 
     style()
     (data, _), none, strips, words = truth(), dict.fromkeys(WORN, 0.0), [], []
-    able = {worn: wearers(data, worn).tolist() for worn in WORN}
+    able, blank = {worn: wearers(data, worn).tolist() for worn in WORN}, torch.ones(1, *data.shape)
     for name, model in conditional(first_of(lab, result)).items():
         for k in SHOWN:
-            strips.append(torch.cat([with_noise(model, k, identity=k, **none), *(
-                with_noise(model, k, identity=k, **none | {worn: 1.0}) if k in able[worn] else torch.ones(1, *data.shape)
-                for worn in WORN)]))
+            images = [with_noise(model, k, identity=k, **none)]
+            images += [with_noise(model, k, identity=k, **none | {worn: 1.0}) if k in able[worn] else blank
+                       for worn in WORN]
+            strips.append(torch.cat(images))
             words.append(name if k == SHOWN[0] else "")
     keep_figure(traversal(torch.stack(strips), words, ["nothing", *WORN], scale=0.95), result)
 

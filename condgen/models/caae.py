@@ -177,7 +177,7 @@ class FaceCodes(Model):
         t = torch.linspace(0, 1, check_whole(n, "n"), dtype=z.dtype, device=z.device)[:, None]
         return self.decode((1 - t) * z[0] + t * z[1], **conditions)
 
-# %% ../../nbs/hybrids/43_caae.ipynb #b2456519
+# %% ../../nbs/hybrids/43_caae.ipynb #9dc5e891
 class CAAE(FaceCodes):
     """Conditional adversarial autoencoder: keeps who it is in a code, is told the age.
 
@@ -187,7 +187,7 @@ class CAAE(FaceCodes):
         code: numbers in the code of an image.
         width: channels of the encoder's first map and the generator's last; the default makes 1.1 million parameters
             at 32 pixels.
-        form: `"corrected"`: the judge of codes is heard; `"literal"`: the weights of the released code, where it is not.
+        form: `"corrected"`: the judge of codes is heard; `"literal"`: the weights of the released code, it is not.
         weights: instead of the form's: G (judge of images), E (judge of codes), TV (total variation); a judge whose
             weight is 0 does not exist.
         lr: learning rate of all players.
