@@ -170,7 +170,8 @@ def test_terms_are_those_of_the_equations(game):
     found = {k: v for loss in (model.autoencoder_loss, model.discriminator_loss, model.residual_loss)
              for k, v in loss(batch).items()}  # fmt: skip
     assert {k: w for k, (w, _) in found.items()} == {"L1": 1.0, "D": 1.0, "G": 0.3}
-    wanted = {"L1": (base - batch.x).abs().mean(), "D": GAMES[game].critic(real, fake), "G": GAMES[game].generator(fake)}
+    wanted = {"L1": (base - batch.x).abs().mean(), "D": GAMES[game].critic(real, fake),
+              "G": GAMES[game].generator(fake)}  # fmt: skip
     assert all(torch.isclose(found[k][1], wanted[k], atol=1e-6) for k in wanted)
     coupled = kicked(build(CoupledAE, game=game, weight=0.3)).eval()
     made = torch.sigmoid(coupled.generator(coupled.encoder(batch.x)))
@@ -183,7 +184,7 @@ def test_terms_are_those_of_the_equations(game):
 @pytest.mark.parametrize("conditions", [(), KINDS], ids=["plain", "conditions"])
 def test_the_weight_does_not_touch_the_decoupled_path_by_a_bit(conditions):
     ends = {}
-    for cls, weight in ((DecoupledAE, 0.0), (DecoupledAE, 1e-3), (DecoupledAE, 1.0), (CoupledAE, 0.0), (CoupledAE, 1.0)):
+    for cls, weight in [(DecoupledAE, w) for w in (0.0, 1e-3, 1.0)] + [(CoupledAE, w) for w in (0.0, 1.0)]:
         model = build(cls, conditions, weight=weight)
         fit(model, Bars(conditions), images=SHORT, progress=False)
         ends[cls, weight] = path(model), model.codes.second.clone()
@@ -216,7 +217,8 @@ def test_verbs_agree_and_are_in_range(cls):
     assert z.shape == (9, 6) and torch.equal(model.reconstruct(x), model.decode(z)) and not z.requires_grad
     y = model.sample(7, generator=seeded())
     assert y.shape == (7, 1, 8, 8) and 0 <= y.min() and y.max() <= 1
-    assert torch.equal(y, model.sample(7, generator=seeded())) and not torch.equal(y, model.sample(7, generator=seeded(1)))
+    assert torch.equal(y, model.sample(7, generator=seeded()))
+    assert not torch.equal(y, model.sample(7, generator=seeded(1)))
     still = model.sample(4, temperature=0, generator=seeded())
     assert torch.allclose(still, still[:1].expand_as(still), atol=1e-6)
     parts = torch.cat([model.reconstruct(x[:4]), model.reconstruct(x[4:])])
@@ -261,7 +263,8 @@ def test_refusals_name_the_nearest(cls):
         build(cls, game="hing")
     with pytest.raises(ValueError, match="codes \\['u'\\]"):
         build(cls, [Code("u", 2)])
-    for options in ({"weight": -0.1}, {"weight": float("nan")}, {"weight": True}, {"lr": "fast"}, {"latent": 0}, {"width": 0}):
+    wrong = [("weight", -0.1), ("weight", float("nan")), ("weight", True), ("lr", "fast"), ("latent", 0), ("width", 0)]
+    for options in ({name: value} for name, value in wrong):
         with pytest.raises(ValueError, match=next(iter(options))):
             build(cls, **options)
     model = build(cls)
