@@ -202,7 +202,7 @@ def sample(
             save_image(x, out)
     typer.echo(f"{n} images in {out}")
 
-# %% ../nbs/reproduction/71_command_line.ipynb #04fdd310
+# %% ../nbs/reproduction/71_command_line.ipynb #75bc2bdc
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, one in runs/, or a model that ships.")],
@@ -225,6 +225,8 @@ def evaluate(
                 f"{data} has images {real.shape} labelled with {list(real.conditions)}; accepted: images {model.shape} "
                 f"labelled with {list({*asked, *reader.conditions})}, which {source} and {judge} know"
             )
+        if len(real.indices("test")) < 2:
+            raise ValueError(f"the part test of {data} has {len(real.indices('test'))} images; accepted: 2 or more")
         result = evaluate(model, reader, real, temperature=own_temperature(model, temperature), seed=seed)
         rows = rows_of(type(model).__name__, result)
         if writes and folder not in shipped().values():

@@ -299,7 +299,7 @@ def drawn(factors: Tensor, size: int) -> Tensor:
             part.unlink(missing_ok=True)
     return images
 
-# %% ../nbs/workshop/12_data.ipynb #fa462db3
+# %% ../nbs/workshop/12_data.ipynb #8d1d8a66
 KEPT = ("skin", "hair", "age", "masculine", "bald", "wavy_hair")  # what stays with a person
 WORN = ("glasses", "sunglasses", "hat", "beard", "moustache", "bangs", "long_hair", "smile", "laugh")  # what does not
 
@@ -307,7 +307,7 @@ WORN = ("glasses", "sunglasses", "hat", "beard", "moustache", "bangs", "long_hai
 def portraits(
     size: int = 32, n: int = 24_000, identities: int = 200, columns: Iterable[str] = ("identity", *WORN)
 ) -> Dataset:
-    """Drawn pictures of people who are recognised by more than their bones; 80 / 10 / 10, all people in all parts.
+    """Drawn pictures of people who differ in more than bones; 80 / 10 / 10, everybody in all parts if n allows.
 
     Args:
         size: side of the images, 16 to 256 pixels.

@@ -145,3 +145,14 @@ def test_data_list_says_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CONDGEN_DATA", str(tmp_path))
     data_list()
     assert "digits" in capsys.readouterr().out
+
+
+def test_a_set_without_test_images_is_refused(tmp_path, monkeypatch, capsys):
+    few = tmp_path / "few"
+    few.mkdir()
+    for k in range(2):
+        Image.new("L", (16, 16), 100 * k).save(few / f"{k}.png")
+    (few / "labels.csv").write_text("file,digit\n0.png,9\n1.png,6\n")
+    code, said = called(["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "few"], monkeypatch, capsys,
+                        tmp_path)
+    assert code and "the part test of few has 0 images; accepted: 2 or more" in " ".join(said.split())
