@@ -164,6 +164,7 @@ def test_all_experiments_run_through(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "portraits", lambda **k: SMALL(**{**SET, **k}))
     for cached in (recipes.faces_to_train, tables.truth):
         cached.cache_clear()
+    monkeypatch.setattr(tables, "SHOWN", (3, 4, 2, 1))
     monkeypatch.setattr(recipes, "face_flow", lambda tier: {"levels": 2, "depth": 1, "width": 8})
     tables.CHOSEN.clear()
     lengths = {"judge": 64, "flow": 128, "adversarial": 160}
