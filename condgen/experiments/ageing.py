@@ -250,8 +250,8 @@ def rendered(factors: Tensor, size: int) -> Tensor:
     rows = torch.stack([edit(factors, age=centre(b).item()) for b in range(BINS)], 1).flatten(0, 1)
     return (drawn(rows, size).float() / 255).unflatten(0, (-1, BINS))
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #406840cf
-ABLATIONS = {"without D_z": Weights(E=0.0), "without D_x": Weights(G=0.0), "without judges": Weights(E=0.0, G=0.0)}
+# %% ../../nbs/hybrids/48_ageing.ipynb #42f0193c
+ABLATIONS = {"without D_x": Weights(G=0.0), "without judges": Weights(E=0.0, G=0.0)}
 BASELINES = {"ridge": 0.3, "means": None}
 
 
