@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #5d0ef4af
+# %% ../nbs/index.ipynb #d080678b
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -32,6 +32,10 @@ NAMES = {
     "CAGlow": "models.caglow",
     "CAGlowFaces": "models.caglow_faces",
     "ACGAN": "models.vaegan",
+    "CAAE": "models.caae",
+    "CoupledAE": "models.decoupled",
+    "DecoupledAE": "models.decoupled",
+    "Proofread": "experiments.front",
 }
 MODULES = [
     "bijections",

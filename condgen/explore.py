@@ -151,7 +151,7 @@ class Setting:
         for slider, number in todo:
             slider.value = number
 
-# %% ../nbs/workshop/17_explorers.ipynb #5a161b96
+# %% ../nbs/workshop/17_explorers.ipynb #e3d1b81e
 def described(item: Condition, value: Any) -> str:
     """A condition's value in words."""
     name = item.name.replace("_", " ")
@@ -162,21 +162,22 @@ def described(item: Condition, value: Any) -> str:
 
 
 class Panel(widgets.VBox):
-    """Controls of a model's conditions and noise, and the call of `sample` that they stand for.
+    """Controls of a model's conditions and noise, and the call of `sample` or `edit` that they stand for.
 
     Args:
         model: as for `explore`.
-        n: how many images.
+        n: how many images, or images to edit.
         **conditions: values at a.
 
     Attributes:
         a, b: settings at both ends of the way.
         way: slider from a (0) to b (1).
-        temperature, seed: controls of the noise.
+        temperature, seed: controls of the noise; given images have none.
     """
 
-    def __init__(self, model: Model, n: int, **conditions: Any):
-        self.model, self.n, self.schema = model, n, Schema(model.conditions)
+    def __init__(self, model: Model, n: int | Tensor, **conditions: Any):
+        self.given, self.n = (n, len(n)) if isinstance(n, Tensor) else (None, n)
+        self.model, self.schema = model, Schema(model.conditions)
         self.a, self.b = Setting(self.schema), Setting(self.schema, top=True)
         self.a.values = conditions
         self.way = slider("A to B", 0, 1, 0.01, 0)
@@ -192,7 +193,9 @@ class Panel(widgets.VBox):
 
     @property
     def values(self) -> dict[str, Any]:
-        """Keyword arguments: `model.sample(n, **explorer.values)` makes the images that are shown."""
+        """Keyword arguments that make the images that are shown: of `model.sample(n, …)`, or of `model.edit(x, …)`."""
+        if self.given is not None:
+            return self.conditions
         generator = torch.Generator().manual_seed(self.seed.value)
         return {"temperature": self.temperature.value, "generator": generator, **self.conditions}
 
@@ -200,6 +203,8 @@ class Panel(widgets.VBox):
     def code(self) -> str:
         """The call that makes the images that are shown, as text."""
         asked = "".join(f"{name}={value!r}, " for name, value in self.conditions.items())
+        if self.given is not None:
+            return f"model.edit(x, {asked.removesuffix(', ')})"
         noise = f"temperature={self.temperature.value!r}, generator=torch.Generator().manual_seed({self.seed.value})"
         return f"model.sample({self.n}, {asked}{noise})"
 
@@ -207,13 +212,17 @@ class Panel(widgets.VBox):
     def caption(self) -> str:
         """What is shown, in words."""
         asked = [described(item, value) for item, value in zip(self.schema, self.conditions.values())]
-        asked += [f"temperature {self.temperature.value:g}", f"noise {self.seed.value}"]
-        return f"{self.n} image{'s'[: self.n > 1]} of {type(self.model).__name__}: {'; '.join(asked)}"
+        source = "of"
+        if self.given is not None:
+            source = "edited by"
+        else:
+            asked += [f"temperature {self.temperature.value:g}", f"noise {self.seed.value}"]
+        return f"{self.n} image{'s'[: self.n > 1]} {source} {type(self.model).__name__}: {'; '.join(asked)}"
 
     def __repr__(self) -> str:
         return f"Explorer, {self.caption}"
 
-# %% ../nbs/workshop/17_explorers.ipynb #491765ad
+# %% ../nbs/workshop/17_explorers.ipynb #28711916
 SOON, LATEST = 0.005, 0.05  # seconds without a further move before a picture is drawn; the most that one waits
 SHEET = 480  # pixels: small images are enlarged until a sheet is about this wide
 
@@ -236,7 +245,7 @@ class Explorer(Panel):
         error: what the model raised instead of making images, or None.
     """
 
-    def __init__(self, model: Model, n: int, **conditions: Any):
+    def __init__(self, model: Model, n: int | Tensor, **conditions: Any):
         super().__init__(model, n, **conditions)
         self.picture, self.text, self.alert = widgets.Image(), widgets.HTML(), widgets.HTML()
         self.error: Exception | None = None
@@ -277,7 +286,8 @@ class Explorer(Panel):
         torch.set_num_threads(1)
         try:
             with torch.no_grad():
-                self.drawn = self.model.sample(self.n, **self.values)
+                verb, what = ("sample", self.n) if self.given is None else ("edit", self.given)
+                self.drawn = getattr(self.model, verb)(what, **self.values)
             self.picture.value = sheet_png(self.drawn)
         except Exception as error:
             self.error = error
@@ -303,7 +313,7 @@ class Explorer(Panel):
             self.draw()
         return self.picture
 
-# %% ../nbs/workshop/17_explorers.ipynb #e19c48e2
+# %% ../nbs/workshop/17_explorers.ipynb #850edf94
 TEXT = """<div style="line-height: 1.4">{caption}.
 <pre style="margin: 0.5em 0 0; padding: 0.4em 0.6em; border: 1px solid #8886; border-radius: 4px; line-height: 1.4;
 white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; user-select: all" title="The same images in code"
@@ -320,7 +330,8 @@ def alert(error: Exception) -> str:
 
 def arranged(panel: Explorer) -> list[widgets.Widget]:
     """An explorer's parts, laid out."""
-    controls = [*panel.a, *panel.b, panel.way, panel.temperature, panel.seed]
+    noise = [panel.temperature, panel.seed] if panel.given is None else []
+    controls = [*panel.a, *panel.b, panel.way, *noise]
     for item in controls:
         item.style.description_width = f"{min(max(len(c.description) for c in controls), 20)}ch"
         item.layout.width = "auto"
@@ -337,20 +348,23 @@ def arranged(panel: Explorer) -> list[widgets.Widget]:
     ends.layout.max_height, ends.layout.overflow = "24em", "auto"
     parts = [ends, panel.way] if panel.schema else []
     picture = column(panel.picture, flex="0 0 auto", align_items="flex-start")
-    return [row(picture, column(*parts, panel.temperature, panel.seed, flex="1 1 20em")), panel.alert, panel.text]
+    return [row(picture, column(*parts, *noise, flex="1 1 20em")), panel.alert, panel.text]
 
-# %% ../nbs/workshop/17_explorers.ipynb #c7949dcf
-def explore(model: Model, n: int = 16, **conditions: Any) -> Explorer:
+# %% ../nbs/workshop/17_explorers.ipynb #48ae2e75
+def explore(model: Model, n: int | Tensor = 16, **conditions: Any) -> Explorer:
     """Sliders for a model's conditions and noise, beside the images that it makes of them.
 
     Args:
-        model: anything with `conditions`, `shape` and `sample(n, temperature, generator, **conditions)`.
-        n: how many images; they share their conditions and differ by their noise.
+        model: anything with `conditions`, `shape` and `sample(n, temperature, generator, **conditions)`; for given
+            images, with `edit(x, **conditions)`.
+        n: how many images; they share their conditions and differ by their noise. Or images `(n, c, h, w)` in [0, 1]
+            that the model edits.
         **conditions: where the controls of A start, by name.
 
     Raises:
-        TypeError: the model has no `sample`.
-        ValueError: n below 1, images that are neither grey nor coloured, or an unknown condition or value.
+        TypeError: the model has no `sample`, or no `edit` for given images.
+        ValueError: n below 1, images that are neither grey nor coloured or that the model does not accept, or an
+            unknown condition or value.
 
     Example:
         >>> from condgen.contracts import Classes
@@ -359,10 +373,12 @@ def explore(model: Model, n: int = 16, **conditions: Any) -> Explorer:
         >>> explorer.code
         'model.sample(4, digit=7, temperature=0.7, generator=torch.Generator().manual_seed(0))'
     """
-    if not all(hasattr(model, name) for name in ("conditions", "shape", "sample")):
+    given = isinstance(n, Tensor)
+    needed = ("conditions", "shape", "sample", *["edit"] * given)
+    if not all(hasattr(model, name) for name in needed):
         kind = type(model).__name__
-        raise TypeError(f"{kind} cannot be explored; accepted: a model with conditions, shape and sample")
-    check_whole(n, "n")
+        raise TypeError(f"{kind} cannot be explored; accepted: a model with {', '.join(needed[:-1])} and {needed[-1]}")
+    check_whole(len(model.check_images(n)) if given else n, "n")
     if model.shape[0] not in (1, 3):
         raise ValueError(f"images of {model.shape[0]} channels; accepted: 1 or 3")
     return Explorer(model, n, **conditions)

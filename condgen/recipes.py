@@ -11,7 +11,7 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'FACE_FLOW', 'FACE_B
            'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches',
            'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #1f089245
+# %% ../nbs/reproduction/70_recipes.ipynb #9ff06cae
 import ast
 import hashlib
 import time
@@ -36,7 +36,7 @@ from .experiments.portraits import (clouds_of_people, codes_of_faces, face_costs
     fixed_attributes, interpolated, manipulated, picture_between, picture_clusters, picture_codes, picture_switched,
     picture_wearing, small_faces, switched, wearing)
 from .experiments.tasks import few_labels, level_probes, three_tasks
-from .experiments.weights import sweep_weights
+from .experiments.weights import picture_sweep, sweep_weights
 from .metrics import bpd, choose_temperature, evaluate
 from .results import layout, merge, read_results, row, rows_of, stale, write_results
 from .models.caae import CAAE
@@ -701,7 +701,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #83211232
+# %% ../nbs/reproduction/70_recipes.ipynb #e3566d84
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -928,6 +928,7 @@ EXPERIMENTS = {
             sweep_weights,
             ("judge-faces", "aegan-coupled", "aegan-faces"),
             portraits,
+            picture_sweep,
         ),
         Experiment(
             "hybrids/acgan-digits",

@@ -303,6 +303,37 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
+class Edits(Toy):
+    def edit(self, x: torch.Tensor, **conditions: Any) -> torch.Tensor:
+        return (self.check_images(x) + self.conditions.pack(len(x), **conditions)[:, :1, None, None]) / 2
+
+
+def test_given_images_are_edited_and_have_no_noise() -> None:
+    model, x = Edits((1, 2, 2), [Binary("lit"), Real("age", 0, 80)]), torch.rand(3, 1, 2, 2)
+    panel = explore(model, x, age=40)
+    assert torch.equal(panel.images, model.edit(x, lit=0, age=40))
+    assert torch.equal(eval(panel.code, {"model": model, "x": x}), panel.images)
+    assert "edited by Edits" in panel.caption and "noise" not in panel.caption
+    panel.way.value = 1.0
+    assert torch.equal(panel.images, model.edit(x, **panel.b.values))
+
+    def shown(widget: Any) -> list[Any]:
+        return [widget, *(part for child in getattr(widget, "children", ()) for part in shown(child))]
+
+    assert panel.temperature not in shown(panel) and panel.way in shown(panel)
+    sampled = explore(model, 3)
+    assert sampled.temperature in shown(sampled)
+
+
+def test_images_that_cannot_be_edited_are_refused() -> None:
+    model = Edits((1, 2, 2), [Binary("lit")])
+    for bad, words in ((torch.rand(3, 2, 2), "accepted"), (torch.rand(0, 1, 2, 2), "n=0"), (torch.full((1, 1, 2, 2), 2.0), "in .0, 1.")):
+        with pytest.raises(ValueError, match=words):
+            explore(model, bad)
+    with pytest.raises(TypeError, match="Toy cannot be explored; accepted: a model with conditions, shape, sample and edit"):
+        explore(Toy((1, 2, 2), [Binary("lit")]), torch.rand(1, 1, 2, 2))
+
+
 def test_wrong_models_are_refused() -> None:
     with pytest.raises(TypeError, match="Linear cannot be explored; accepted: a model with"):
         explore(torch.nn.Linear(1, 1))

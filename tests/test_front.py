@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from condgen.contracts import Code
+from condgen.contracts import Classes, Code
 from condgen.data import digits
 from condgen.experiments import front
-from condgen.experiments.front import LINES, OWN, Weights, front_arguments, front_digits
+from condgen.experiments.front import LINES, OWN, Proofread, Weights, front_arguments, front_digits
 from condgen.metrics import METRICS
 from condgen.models.caglow import CAGlow, feature_matching
-from condgen.models.classifier import Judge
+from condgen.models.classifier import Judge, Reader
 from condgen.models.glow import Glow
 from condgen.recipes import LITERAL, RECIPES, Lab
 from condgen.results import merge
@@ -126,3 +126,83 @@ def test_a_price_adds_itself_to_the_precision():
             curve = (2 * log_s).exp() * (1 / sigma**2 + price)
             log_s = log_s - (curve - 1) / (2 * curve)
         assert math.exp(-2 * log_s.item()) == pytest.approx(1 / sigma**2 + price, rel=1e-9)
+
+
+# a second look -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A small CAGlow with rows to draw from, and a reader of its digits; both untrained."""
+    torch.manual_seed(0)
+    data = digits()
+    model = CAGlow((1, 16, 16), [*data.conditions, Code("u", 2)], levels=2, depth=1, width=4, hidden=8).eval()
+    model.remember_rows(data.table("train")["c"])
+    with torch.no_grad():  # noise that shows
+        model.encoder.root.copy_(torch.eye(256).expand_as(model.encoder.root))
+    return model, Reader(data.shape, data.conditions, width=4).eval()
+
+
+def seeded():
+    return torch.Generator().manual_seed(4)
+
+
+def test_what_is_read_at_once_is_the_model_s_own(writer):
+    model, reader = writer
+    wanted, own = torch.arange(30) % 10, model.sample(30, 0.9, seeded(), digit=torch.arange(30) % 10)
+    c = model.condition(30, seeded(), digit=wanted)
+    cost = Proofread(model, reader).misread(own, c).detach()
+    assert torch.equal(Proofread(model, reader, doubt=1e6).sample(30, 0.9, seeded(), digit=wanted), own)
+    half = cost.median().item()
+    found = Proofread(model, reader, doubt=half, most=2).sample(30, 0.9, seeded(), digit=wanted)
+    changed = (found != own).flatten(1).any(1)
+    assert not changed[cost < half - 1e-4].any() and changed[cost > half + 1e-4].all()
+
+
+def test_a_second_look_is_believed_and_keeps_the_length_of_the_noise(writer):
+    model, reader = writer
+    c, (eps, rest) = model.condition(20, seeded(), digit=3), torch.randn(2, 20, 256, generator=seeded())
+    before = Proofread(model, reader).misread(model.glow.decode(model.generate(c, eps, rest)), c).detach()
+    look = Proofread(model, reader, doubt=before.min().item() - 0.05, step=0.5, most=8)
+    x, moved = look.proofread(c, eps, rest)
+    assert (look.misread(x, c) < before).all()
+    assert torch.allclose(moved.norm(dim=1), eps.norm(dim=1), rtol=1e-5)
+    assert (moved - eps).norm(dim=1).max() <= 8 * 0.5 * 1.1 and (moved != eps).any(1).all()
+    assert torch.allclose(look.picture(c, moved, rest), x, atol=1e-5)  # the picture of the noise that it says it has
+
+
+def test_a_second_look_draws_what_a_seed_says_and_leaves_gradients_alone(writer):
+    model, reader = writer
+    look = Proofread(model.train(), reader.train(), most=3)
+    a, b = (look.sample(6, 0.8, seeded()) for _ in range(2))
+    assert torch.equal(a, b) and model.training and reader.training
+    assert all(p.grad is None for p in look.parameters()) and not a.requires_grad
+    model.eval(), reader.eval()
+
+
+@pytest.mark.parametrize("change", [{"doubt": 0}, {"doubt": float("nan")}, {"step": -1}, {"most": 0}, {"most": 1.5}])
+def test_a_second_look_refuses(writer, change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.*accepted"):
+        Proofread(*writer, **change)
+
+
+def test_a_reader_of_something_else_is_refused(writer):
+    model, _ = writer
+    for reader in (Reader((1, 16, 16), [Classes("letter", 26)]), Reader((1, 32, 32), digits().conditions)):
+        with pytest.raises(ValueError, match="accepted: some of"):
+            Proofread(model, reader)
+
+
+@pytest.mark.slow
+def test_the_second_look_runs_through(writer, monkeypatch):
+    model, reader = writer
+    data = digits()
+    monkeypatch.setattr(front, "mnist", lambda: data)
+    models = {"judge-mnist": Judge(data.shape, data.conditions), "reader-mnist": reader}
+    monkeypatch.setattr(front, "once", lambda lab, name: SimpleNamespace(model=models.get(name)))
+    train = lambda name, *rest: SimpleNamespace(model=models.get(name, model), seconds=1.0)
+    rows = front.proofread_mnist(SimpleNamespace(tier="tiny", seed=0, first=True, train=train))
+    both = {(r["variant"], r["metric"]) for r in rows if r["model"] == "CAGlow"}
+    assert {(v, m) for v in ("as written", "proofread") for m in ("accuracy", "diversity_feature", "frechet")} <= both
+    value = {r["variant"]: r["value"] for r in rows if r["metric"] == "seconds" and r["model"] == "CAGlow"}
+    assert value["proofread"] > value["as written"] > 0

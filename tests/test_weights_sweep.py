@@ -1,6 +1,7 @@
 """The sweep over the weight of the game: edges in closed form, what is measured, the rows, and the verdict."""
 
 import math
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -135,13 +136,14 @@ def test_one_path_makes_one_row_and_a_residual_of_zero_makes_the_models_equal():
 # rows and verdict ----------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Lab:
     """Trains nothing: hands out models whose last bias is the weight."""
 
-    tier, first, seed = "tiny", True, 0
-
-    def __init__(self):
-        self.asked = []
+    tier: str = "tiny"
+    first: bool = True
+    seed: int = 0
+    asked: list = field(default_factory=list)
 
     def train(self, name, **arguments):
         self.asked.append((name, arguments))
@@ -174,6 +176,28 @@ def test_rows_of_a_seed(faces):
     assert found["reconstruction, G alone"]["decoupled"] == 0 and found["reconstruction, picture"]["decoupled"] > 0
     lab.first = False
     assert len(ws.sweep_weights(lab)) == len(rows) - 1
+
+
+def test_the_slider_shows_what_was_kept(faces, tmp_path):
+    lab = Lab()
+    rows = ws.sweep_weights(lab)
+    ws.picture_sweep(lab, rows, tmp_path, tmp_path / "sweep.cpu.json")
+    shown = ws.pictures_of(tmp_path / "sweep.cpu.png")
+    assert shown.shape == (3, 2, ws.SHOWN, 3, *IMAGES.shape[-2:])
+    given = ws.portraits().images_of("val")[: ws.SHOWN]
+    assert torch.allclose(shown[0, 0], given, atol=1e-6) and torch.equal(shown[0, 0], shown[0, 1])
+    models = [lab.train(name, weight=0.1).model.eval() for name in ws.COMPARED.values()]
+    for k, model in enumerate(models):
+        made = ws.both_paths(model, given)["picture"].clamp(0, 1).float()
+        assert (shown[2, k] - made).abs().max() <= 0.5 / 255 + 1e-6
+    box = ws.browse_weights(rows, tmp_path / "sweep.cpu.png")
+    slider, image, text = box.children
+    first, words = image.value, text.value
+    slider.value = 1
+    assert image.value != first and text.value != words and slider.options == (("0", 0), ("0.1", 1))
+    distance = next(r["value"] for r in rows if (r["model"], r["variant"], r["metric"], r["at"].get("weight"))
+                    == ("decoupled", "picture", "frechet", 0.1))
+    assert f"{distance:.3g}" in text.value
 
 
 def invented(own, other=lambda i: 10 + 7.5 * i, weights=ws.WEIGHTS):
