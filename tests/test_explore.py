@@ -327,10 +327,11 @@ def test_given_images_are_edited_and_have_no_noise() -> None:
 
 def test_images_that_cannot_be_edited_are_refused() -> None:
     model = Edits((1, 2, 2), [Binary("lit")])
-    for bad, words in ((torch.rand(3, 2, 2), "accepted"), (torch.rand(0, 1, 2, 2), "n=0"), (torch.full((1, 1, 2, 2), 2.0), "in .0, 1.")):
+    bright = torch.full((1, 1, 2, 2), 2.0)
+    for bad, words in ((torch.rand(3, 2, 2), "accepted"), (torch.rand(0, 1, 2, 2), "n=0"), (bright, "in .0, 1.")):
         with pytest.raises(ValueError, match=words):
             explore(model, bad)
-    with pytest.raises(TypeError, match="Toy cannot be explored; accepted: a model with conditions, shape, sample and edit"):
+    with pytest.raises(TypeError, match="Toy cannot be explored; accepted: .* shape, sample and edit"):
         explore(Toy((1, 2, 2), [Binary("lit")]), torch.rand(1, 1, 2, 2))
 
 

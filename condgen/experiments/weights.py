@@ -170,13 +170,16 @@ def flatness(rows: list[dict[str, Any]], weights: Iterable[float] = CLAIMED,
         found[claim] = {"decoupled": own, "coupled": other, "ratio": ratio, "holds": ratio <= limit}
     return found
 
-# %% ../../nbs/hybrids/49_weights.ipynb #3cd11dee
+# %% ../../nbs/hybrids/49_weights.ipynb #8aef2a0b
 SHOWN = 6
 
 
 def picture_sweep(lab: Any, rows: list[dict[str, Any]], folder: Path, result: Path) -> None:
-    """Beside the result file, a sheet without gaps: `SHOWN` portraits twice, and below, a line for each weight, what the
-    coupled and what the decoupled model of seed 0 show of them."""
+    """Beside the result file, a sheet without gaps of what the models of seed 0 show.
+
+    `SHOWN` portraits twice, and below, a line for each weight: what the coupled and what the decoupled model make of
+    them.
+    """
     lab, x = replace(lab, seed=0), portraits().images_of("val")[:SHOWN]
     lines = [torch.cat([x, x])]
     for weight in weights_of(rows):
