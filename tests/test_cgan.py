@@ -56,7 +56,7 @@ def places(x):
 @cache
 def learned():
     model = build(bars((BAR, Binary("bold"))).conditions, width=8)
-    return model, fit(model, bars((BAR, Binary("bold"))), images=9_600, progress=False).log
+    return model, fit(model, bars((BAR, Binary("bold"))), images=16_000, progress=False).log
 
 
 # The value of the game
