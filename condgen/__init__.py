@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'MODULES']
 import importlib
 from typing import Any
 
-# %% ../nbs/index.ipynb #d080678b
+# %% ../nbs/index.ipynb #e2c6c092
 NAMES = {
     "Classes": "contracts",
     "Binary": "contracts",
@@ -32,6 +32,7 @@ NAMES = {
     "CAGlow": "models.caglow",
     "CAGlowFaces": "models.caglow_faces",
     "ACGAN": "models.vaegan",
+    "CGAN": "models.cgan",
     "CAAE": "models.caae",
     "CoupledAE": "models.decoupled",
     "DecoupledAE": "models.decoupled",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .contracts import Binary, Classes, Code, Condition, Model, accepted, as_numbers, check_whole, seed_of
 
-# %% ../nbs/workshop/15_metrics.ipynb #cb90fd6d
+# %% ../nbs/workshop/15_metrics.ipynb #728bb38c
 @dataclass(frozen=True)
 class MetricInfo:
     """What a metric's number means."""
@@ -37,12 +37,13 @@ class MetricInfo:
 LOWER = (
     "bpd:bits/dim frechet frechet_floor reconstruction_l1 dhash:bits phash:bits whash:bits mae mse amp_variance "
     "interference knn_two_sample centroid_distance age_error:years seconds:s bytes:B peak_memory_mb:MB "
-    "step_seconds:s sample_seconds:s activation_mb:MiB inversion_error gradient_error ks_distance"
+    "step_seconds:s sample_seconds:s activation_mb:MiB inversion_error gradient_error ks_distance "
+    "copy_share"
 )
 HIGHER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature diversity_feature_min inception_score psnr:dB ssim "
     "attribute_accuracy identity_accuracy code_correlation nrds images_per_second:images/s "
-    "modes mode_precision monotonicity"
+    "modes mode_precision monotonicity area_ratio rank_agreement"
 )
 NEITHER = "temperature silhouette parameters judge_probability mode_share sharpness residual_energy"
 METRICS: dict[str, MetricInfo] = {

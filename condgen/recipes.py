@@ -9,9 +9,10 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'FACE_FLOW', 'FACE_B
            'DIGITS', 'PORTRAITS', 'Recipe', 'more_digits', 'flow_size', 'caglow', 'mnist_to_train', 'mnist_flow',
            'faces_to_train', 'face_flow', 'photo_flow', 'caae_size', 'recipe', 'check_tier', 'train', 'definitions',
            'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches',
-           'acgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce', 'ship_weights']
+           'acgan_digits', 'cgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce',
+           'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #9d5848d9
+# %% ../nbs/reproduction/70_recipes.ipynb #d6f3d48d
 import ast
 import hashlib
 import time
@@ -31,6 +32,7 @@ from .experiments.clusters import latent_clusters, mnist_clusters, picture_mnist
 from .experiments.front import front_digits, proofread_mnist
 from .experiments.mnist import mnist_codes, mnist_on_demand, mnist_pictures
 from .experiments.modes import grid, grid_modes, ring, ring_modes
+from .experiments.nrds import inception_digits, nrds_digits
 from .experiments.photographs import celeba_on_demand, celeba_people, lfw_on_demand, lfw_people
 from .experiments.portraits import (clouds_of_people, codes_of_faces, face_costs, faces_on_demand,
     fixed_attributes, interpolated, manipulated, picture_between, picture_clusters, picture_codes, picture_switched,
@@ -43,6 +45,7 @@ from .models.caae import CAAE
 from .models.caglow import CAGlow
 from .models.caglow_faces import CAGlowFaces
 from .models.cglow import CGlow
+from .models.cgan import CGAN
 from .models.classifier import FaceJudge, FaceReader, Judge, Reader
 from .models.decoupled import CoupledAE, DecoupledAE
 from .models.glow import Glow
@@ -95,7 +98,7 @@ ADVERSARIAL = {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 80_000}}
 PAPER = {"tiny": FLOW["tiny"] | {"adversarial": 80_000}, "cpu": FLOW["cpu"] | {"adversarial": 400_000}}
 BOTH = {tier: FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 
-# %% ../nbs/reproduction/70_recipes.ipynb #9d618ac4
+# %% ../nbs/reproduction/70_recipes.ipynb #94ea1d64
 def caglow(data: Dataset, size: dict[str, Any], code: Code | None = None, **options: Any) -> CAGlow:
     """CAGlow with a flow of that size and two uniform codes, or with `code`."""
     return CAGlow(data.shape, data.conditions + (code or Code("u", 2)), **size, **options)
@@ -207,6 +210,14 @@ RECIPES = {
             "ACGAN: digit on demand from a generator that a second head of the judge reads",
             more_digits,
             lambda data, tier: ACGAN(data.shape, data.conditions),
+            {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 96_000}},
+            "judge-digits",
+        ),
+        Recipe(
+            "cgan-digits",
+            "Conditional GAN: digit on demand, with a discriminator that is told the digit too",
+            more_digits,
+            lambda data, tier: CGAN(data.shape, data.conditions),
             {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 96_000}},
             "judge-digits",
         ),
@@ -665,12 +676,19 @@ def flow_switches(lab: Lab) -> list[dict[str, Any]]:
         rows += [row("Glow", name, value, variant, **protocol) for name, value in numbers.items()]
     return rows
 
-# %% ../nbs/reproduction/70_recipes.ipynb #30505d2c
+# %% ../nbs/reproduction/70_recipes.ipynb #7d4b1a4a
 def acgan_digits(lab: Lab) -> list[dict[str, Any]]:
     """Judge and ACGAN on 16×16 digits."""
     judge, run, data = lab.train("judge-digits"), lab.train("acgan-digits"), digits()
     rows = judge_rows(judge, data) if lab.first else []
     return rows + lab.measure("ACGAN", run.model, judge.model, data, run.seconds)
+
+
+def cgan_digits(lab: Lab) -> list[dict[str, Any]]:
+    """Judge and conditional GAN on 16×16 digits."""
+    judge, run, data = lab.train("judge-digits"), lab.train("cgan-digits"), digits()
+    rows = judge_rows(judge, data) if lab.first else []
+    return rows + lab.measure("CGAN", run.model, judge.model, data, run.seconds)
 
 # %% ../nbs/reproduction/70_recipes.ipynb #ee7d292f
 @dataclass(frozen=True)
@@ -708,7 +726,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #a97a0d18
+# %% ../nbs/reproduction/70_recipes.ipynb #9fbd8e0e
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -942,11 +960,26 @@ EXPERIMENTS = {
             portraits,
             picture_sweep,
         ),
+        *(
+            Experiment(f"nrds/{name}", summary, run, ("judge-digits", "glow-digits", "cglow-digits", "caglow-digits",
+                                                      "caglow-digits-literal", "acgan-digits"))
+            for name, summary, run in [
+                ("digits", "Generators of digits ranked by discriminators: literal, corrected, one against one",
+                 nrds_digits),
+                ("inception", "Inception scores of the same samples by several classifiers", inception_digits),
+            ]
+        ),
         Experiment(
             "hybrids/acgan-digits",
             "ACGAN on 16×16 digits, by the protocol of caglow/digits",
             acgan_digits,
             ("judge-digits", "acgan-digits"),
+        ),
+        Experiment(
+            "hybrids/cgan-digits",
+            "A conditional GAN on 16×16 digits, by the protocol of caglow/digits",
+            cgan_digits,
+            ("judge-digits", "cgan-digits"),
         ),
     ]
 }
@@ -964,7 +997,7 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run an experiment seed by seed and write its result.
 
-    Seeds that a result of the same configuration and code already holds are not run again.
+    Seeds that a result of the same configuration, code and data already holds are not run again.
 
     Args:
         name: of the experiment.
@@ -988,16 +1021,13 @@ def reproduce(
     make_folder(path.parent)  # a bad one is found before hours of training, not after them
     rows: list[dict[str, Any]] = []
     done: list[int] = []
-    hours, result = 0.0, None
+    hours, result, data = 0.0, None, experiment.data()
     if path.exists():
         old = read_results(path)
-        if not stale(
-            {**old, "config": {k: v for k, v in old["config"].items() if k != "seeds"}},
-            experiment.config(tier),
-            experiment.source,
-        ):
+        config = {k: v for k, v in old["config"].items() if k != "seeds"}
+        same = old["data"]["sha256"] == data.sha256
+        if same and not stale({**old, "config": config}, experiment.config(tier), experiment.source):
             rows, done, hours, result = old["rows"], old["config"]["seeds"], old["hours"], old
-    data = experiment.data()
     for seed in range(first_seed, first_seed + seeds):
         lab = Lab(tier, seed, folder, deadline, progress, first=not done)
         if seed in done:

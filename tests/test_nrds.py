@@ -270,7 +270,8 @@ def test_rows_of_the_inception_score(registry, small, lab):
     assert len(right) == 8 and right["judge"] == right["judge, logits × ½"] == right["judge, logits × 2"]
     assert len({score["ACGAN", by] for by in ("judge", "judge, logits × ½", "judge, logits × 2")}) == 3
     assert score["ACGAN", "odd or even"] <= 2 and score["ACGAN", "digits 0 to 4"] <= 5
-    assert {k for k, _ in score} == {*nr.GENERATORS, "one image per class", "real test images", "real training images"}
+    assert {k for k, _ in score} == {*nr.GENERATORS, "one image per class", "real test images", "real training images",
+                                      "real digits 0 to 4"}
     agree = {r["model"]: r["value"] for r in rows if r["metric"] == "rank_agreement"}
     assert abs(agree["judge"] - 1) < 1e-9 and set(agree) == set(right)
     assert isinstance(nr.regrouped(digits(), "low").conditions, Schema)

@@ -311,7 +311,7 @@ def nrds_digits(lab: Any) -> list[dict[str, Any]]:
                 rows.append(row("NRDS", "rank_agreement", agree, kind, {"over": title}, **protocol))
     return rows
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #1262fee5
+# %% ../../nbs/hybrids/46_nrds.ipynb #bdc2417d
 LENGTHS = {"tiny": {"whole": 3_200, "short": 1_600}, "cpu": {"whole": 40_000, "short": 6_400}}
 
 
@@ -357,8 +357,9 @@ def inception_digits(lab: Any) -> list[dict[str, Any]]:
     train, made, rows = data.images_of("train"), sampled(lab, n), []
     with quiet(judge):
         best = batched(judge.logits, train).softmax(1).argmax(0)
-    sets = made | {"one image per class": train[best].repeat(-(-n // 10), 1, 1, 1)[:n],
-                   "real test images": data.images_of("test"), "real training images": train}  # fmt: skip
+    test, digit = data.images_of("test"), data.table("test")["c"].argmax(1)
+    sets = made | {"one image per class": train[best].repeat(-(-n // 10), 1, 1, 1)[:n], "real test images": test,
+                   "real digits 0 to 4": test[digit < 5], "real training images": train}  # fmt: skip
     scores: dict[str, dict[str, float]] = {}
     for name, (network, scale, known) in classifiers(lab, data).items():
         with quiet(network):

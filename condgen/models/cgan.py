@@ -44,7 +44,7 @@ def conditional_value(real: Tensor, fake: Tensor, form: Literal["corrected", "li
     pairs = real if form == "corrected" else real.sum(-1, keepdim=True) * real.sum(-2, keepdim=True)
     return 2 * js(pairs.flatten(-2), fake.flatten(-2)) - 2 * math.log(2)
 
-# %% ../../nbs/hybrids/45_cgan.ipynb #cb473555
+# %% ../../nbs/hybrids/45_cgan.ipynb #98f641c7
 LOUD = 3.0  # a condition against one noise number
 
 
@@ -63,7 +63,8 @@ class PairJudge(nn.Module):
     def __init__(self, shape: tuple[int, int, int], conditions: int, width: int):
         super().__init__()
         self.trunk, features = downsampling(shape, width)
-        self.joint = nn.Sequential(nn.Linear(features + conditions, 4 * width), nn.LeakyReLU(0.2), nn.Linear(4 * width, 1))
+        hidden = 4 * width
+        self.joint = nn.Sequential(nn.Linear(features + conditions, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Verdicts `(n,)`, the higher the more real, on images `(n, c, s, s)` with conditions `(n, width)`."""
