@@ -97,7 +97,8 @@ def test_a_newcomer_turns_the_order_and_the_data_come_second():
     assert two == [Fraction(50, 99), Fraction(16, 33)] and two[0] > two[1]
     assert three[1] > three[0] > three[2]
     tensors = [doubles(*map(float, x)) for x in (a, b, c)]
-    assert torch.allclose(nr.optimal_scores(tensors[0], torch.stack(tensors))[1:], doubles(*map(float, three)), atol=1e-9)
+    found = nr.optimal_scores(tensors[0], torch.stack(tensors))[1:]
+    assert torch.allclose(found, doubles(*map(float, three)), atol=1e-9)
     for seed in range(50):  # what equals the data is never below the average
         q, others = some(5, seed=seed), some(5, 4, seed=seed + 99)
         s = nr.optimal_scores(q, torch.cat([q[None], others]))
@@ -130,7 +131,7 @@ def test_a_trained_judge_arrives_at_the_best_one():
     real, *fakes = map(bars, counts)
     curves = nr.learned(real, fakes, 20, 0, width=4, lr=3e-3)
     wanted = nr.optimal_scores(doubles(*counts[0]) / 240, doubles(*counts[1:]) / 240)
-    assert curves.shape == (4, 30) and (curves[:, -10:].mean(1) - wanted).abs().max() < 0.03
+    assert curves.shape == (4, 20) and (curves[:, -10:].mean(1) - wanted).abs().max() < 0.03
     assert wanted.max() - wanted.min() > 0.2
 
 
@@ -139,7 +140,8 @@ def test_learning_is_a_function_of_the_seed_and_scores_what_it_is_told_to():
     real, a, b, other = (torch.rand(40, 1, 8, 8, generator=g) ** k for k in (1, 2, 3, 4))
     before = torch.random.get_rng_state()
     own = nr.learned(real, [a, b], 3, 5, width=4)
-    assert torch.equal(own, nr.learned(real, [a, b], 3, 5, width=4)) and torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(own, nr.learned(real, [a, b], 3, 5, width=4))
+    assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(own, nr.learned(real, [a, b], 3, 6, width=4))
     assert torch.allclose(own, nr.learned(real, [a, b], 3, 5, [real, a, b], width=4))
     held = nr.learned(real, [a, b], 3, 5, [real, other, b], width=4)
@@ -224,7 +226,8 @@ def lab():
               "acgan-digits": ACGAN(data.shape, data.conditions)}  # fmt: skip
     for name in ("cglow-digits", "acgan-digits"):
         models[name].remember_rows(data.table("train")["c"])
-    return SimpleNamespace(tier="tiny", seed=0, first=True, train=lambda name, *glow: SimpleNamespace(model=models[name]))
+    train = lambda name, *glow: SimpleNamespace(model=models[name])
+    return SimpleNamespace(tier="tiny", seed=0, first=True, train=train)
 
 
 @pytest.fixture
@@ -248,8 +251,9 @@ def test_rows_of_the_ranking(registry, small, lab):
     for r in rows:
         if r["metric"] == "nrds":
             groups.setdefault((r["variant"], r["at"]["set"]), []).append(r["value"])
-    assert set(groups) == {("literal", "generators"), ("literal", "generators and controls"), ("literal", "ACGAN three times"),
-                           ("corrected", "generators"), ("corrected", "generators and controls"), ("corrected", "specialists")}
+    both = ("generators", "generators and controls")
+    assert set(groups) == {(kind, k) for kind, other in (("literal", "ACGAN three times"), ("corrected", "specialists"))
+                           for k in (*both, other)}  # fmt: skip
     assert all(abs(sum(v) - 1) < 1e-9 for v in groups.values())
     assert [len(v) for v in groups.values()] == [7, 10, 9, 7, 10, 10]
     alone = {r["model"] for r in rows if r["variant"] == "one against one" and r["metric"] == "area_ratio"}

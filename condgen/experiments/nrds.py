@@ -213,7 +213,7 @@ def rank_agreement(a: Sequence[float], b: Sequence[float]) -> float:
         raise ValueError(f"{len(a)} and {len(b)} values; accepted: as many, 3 or more, not all the same")
     return torch.corrcoef(torch.from_numpy(rankdata([list(a), list(b)], axis=1)))[0, 1].item()
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #dacd7783
+# %% ../../nbs/hybrids/46_nrds.ipynb #38d86c00
 SIZES = {"tiny": {"n": 360, "epochs": 2, "repeats": 1}, "cpu": {"n": 1_440, "epochs": 12, "repeats": 3}}
 
 
@@ -223,7 +223,9 @@ def halves(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return x[order[: len(x) // 2]], x[order[len(x) // 2 :]]
 
 
-def contest(unseen: Tensor, sets: dict[str, Tensor], epochs: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
+def contest(
+    unseen: Tensor, sets: dict[str, Tensor], epochs: int, repeats: int, seed: int
+) -> dict[str, dict[str, float]]:
     """The corrected procedure: held-out scores, equal counts, several discriminators.
 
     Args:
@@ -293,7 +295,7 @@ def nrds_digits(lab: Any) -> list[dict[str, Any]]:
         found[f"literal, {title}"] = dict(zip(members, literal["nrds"], strict=True))
         rows += [row(name, k, v, "literal", {"set": title}, **protocol | {"discriminators": 1})
                  for k, values in literal.items() for name, v in zip(members, values, strict=True)]  # fmt: skip
-    sets = {k: sets[k] for k in ("generators", "generators and controls")} | {"specialists": specialists(data, n, lab.seed)}
+    sets = {"generators": made, "generators and controls": every, "specialists": specialists(data, n, lab.seed)}
     for title, members in sets.items():
         values = contest(unseen, members, 2 * epochs, repeats, lab.seed)
         found[f"corrected, {title}"] = values["nrds"]
@@ -311,7 +313,7 @@ def nrds_digits(lab: Any) -> list[dict[str, Any]]:
                 rows.append(row("NRDS", "rank_agreement", agree, kind, {"over": title}, **protocol))
     return rows
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #bdc2417d
+# %% ../../nbs/hybrids/46_nrds.ipynb #b96e32c7
 LENGTHS = {"tiny": {"whole": 3_200, "short": 1_600}, "cpu": {"whole": 40_000, "short": 6_400}}
 
 
@@ -334,7 +336,8 @@ def regrouped(data: Dataset, kind: str) -> Dataset:
 def classifiers(lab: Any, data: Dataset) -> dict[str, tuple[Judge, float, Dataset]]:
     """Networks, what their logits are multiplied by, and the data they learned: the judge and others, trained here."""
     sizes, judge = LENGTHS[lab.tier], lab.train("judge-digits").model
-    found = {"judge": (judge, 1.0, data), "judge, logits × ½": (judge, 0.5, data), "judge, logits × 2": (judge, 2.0, data)}
+    scales = {"judge": 1.0, "judge, logits × ½": 0.5, "judge, logits × 2": 2.0}
+    found = {name: (judge, scale, data) for name, scale in scales.items()}
     for k, (name, known, width, length) in enumerate((
         ("another seed", data, 32, "whole"), ("a small one", data, 8, "whole"), ("a short training", data, 32, "short"),
         ("odd or even", regrouped(data, "parity"), 32, "whole"), ("digits 0 to 4", regrouped(data, "low"), 32, "whole"),

@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'CLAIMED', 'COMPARED', 'CLAIMS', 'SHOWN', 'edge', 'steepne
            'numbers_of', 'sweep_weights', 'range_over', 'flatness', 'picture_sweep', 'weights_of', 'pictures_of',
            'browse_weights']
 
-# %% ../../nbs/hybrids/49_weights.ipynb #2fdcd5e6
+# %% ../../nbs/hybrids/49_weights.ipynb #a0ddf69d
 import io
 import math
 from collections.abc import Iterable
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
 import numpy as np
 import torch
 from PIL import Image
@@ -170,7 +169,7 @@ def flatness(rows: list[dict[str, Any]], weights: Iterable[float] = CLAIMED,
         found[claim] = {"decoupled": own, "coupled": other, "ratio": ratio, "holds": ratio <= limit}
     return found
 
-# %% ../../nbs/hybrids/49_weights.ipynb #8aef2a0b
+# %% ../../nbs/hybrids/49_weights.ipynb #b14c5434
 SHOWN = 6
 
 
@@ -202,13 +201,15 @@ def pictures_of(path: Path) -> Tensor:
     return pixels.unflatten(1, (2, SHOWN, side)).unflatten(0, (-1, side)).permute(0, 2, 3, 5, 1, 4)
 
 
-def browse_weights(rows: list[dict[str, Any]], path: Path) -> widgets.VBox:
-    """A slider over the weights of a stored sweep, with pictures and numbers.
+def browse_weights(rows: list[dict[str, Any]], path: Path) -> Any:
+    """A slider over the weights of a stored sweep, with pictures and numbers: an `ipywidgets.VBox`.
 
     Args:
         rows: of `sweep_weights`.
         path: of what `picture_sweep` kept.
     """
+    import ipywidgets as widgets
+
     shown, weights = pictures_of(path), weights_of(rows)
     slider = widgets.SelectionSlider(options=[(f"{w:g}", k) for k, w in enumerate(weights)], description="weight λ")
     image, text = widgets.Image(), widgets.HTML()
