@@ -350,13 +350,13 @@ def arranged(panel: Explorer) -> list[widgets.Widget]:
     picture = column(panel.picture, flex="0 0 auto", align_items="flex-start")
     return [row(picture, column(*parts, *noise, flex="1 1 20em")), panel.alert, panel.text]
 
-# %% ../nbs/workshop/17_explorers.ipynb #48ae2e75
+# %% ../nbs/workshop/17_explorers.ipynb #fadeda94
 def explore(model: Model, n: int | Tensor = 16, **conditions: Any) -> Explorer:
     """Sliders for a model's conditions and noise, beside the images that it makes of them.
 
     Args:
         model: anything with `conditions`, `shape` and `sample(n, temperature, generator, **conditions)`; for given
-            images, with `edit(x, **conditions)`.
+            images, with `check_images(x)` and `edit(x, **conditions)`, such as a `CAAE`.
         n: how many images; they share their conditions and differ by their noise. Or images `(n, c, h, w)` in [0, 1]
             that the model edits.
         **conditions: where the controls of A start, by name.

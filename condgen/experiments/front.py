@@ -178,9 +178,9 @@ class Proofread(nn.Module):
                      for k in (model.encoder.noise, model.glow.dims))
         return self.proofread(c, eps, rest)[0]
 
-# %% ../../nbs/caglow/36_front.ipynb #8a7d9c40
+# %% ../../nbs/caglow/36_front.ipynb #c2cfd894
 def proofread_mnist(lab: Any) -> list[dict[str, Any]]:
-    """Table 1's numbers of MNIST's CAGlow as written and proofread, from the same noise; share moved, seconds.
+    """Table 1's numbers of MNIST's CAGlow as written and proofread, from the same noise; CPU seconds of sampling.
 
     Args:
         lab: a `condgen.recipes.Lab`, which trains or loads the models.

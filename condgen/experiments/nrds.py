@@ -128,7 +128,7 @@ def learned(
         curves.append([batched(judge, x).sigmoid().mean().item() for x in scored])
     return torch.tensor(curves, dtype=torch.float64).T
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #bc5e2141
+# %% ../../nbs/hybrids/46_nrds.ipynb #e63aa0a5
 def inception_score(probs: Tensor) -> float:
     """Exponential of the mean KL divergence of answers from their mean, between 1 and the number of classes.
 
@@ -143,7 +143,7 @@ def inception_score(probs: Tensor) -> float:
     """
     if probs.ndim != 2 or not len(probs):
         raise ValueError(f"answers {tuple(probs.shape)}; accepted: (samples, classes), 1 or more")
-    probs = check_probs(probs.double(), "probs")
+    probs = check_probs(probs, "probs").double()
     return math.exp((torch.special.entr(probs.mean(0)).sum() - torch.special.entr(probs).sum(1).mean()).item())
 
 # %% ../../nbs/hybrids/46_nrds.ipynb #ce602643
@@ -187,7 +187,7 @@ def copied(train: Tensor, n: int, seed: int) -> dict[str, Tensor]:
     noisy = (noisy + 0.05 * torch.randn(noisy.shape, generator=g)).clamp(0, 1)
     return dict(zip(CONTROLS, (plain, blurred, noisy), strict=True))
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #0f418029
+# %% ../../nbs/hybrids/46_nrds.ipynb #b135c301
 def copy_share(x: Tensor, train: Tensor, unseen: Tensor, level: float = 0.01) -> float:
     """Share of images that are closer to a training image than all but `level` of unseen real images are.
 
@@ -196,7 +196,13 @@ def copy_share(x: Tensor, train: Tensor, unseen: Tensor, level: float = 0.01) ->
         train: what a generator learned from.
         unseen: real images that it did not.
         level: expected of honest samples.
+
+    Raises:
+        ValueError: images of different shapes, none, or values that are not finite.
     """
+    for name, images in (("x", x), ("train", train), ("unseen", unseen)):
+        if not len(images) or images.shape[1:] != train.shape[1:] or not bool(torch.isfinite(images).all()):
+            raise ValueError(f"{name} {tuple(images.shape)}; accepted: finite images (n, {tuple(train.shape[1:])})")
     nearest = lambda a: torch.cdist(a.flatten(1).double(), train.flatten(1).double()).amin(1)
     return (nearest(x) < nearest(unseen).quantile(level)).double().mean().item()
 
@@ -205,12 +211,13 @@ def rank_agreement(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's correlation of ranks, between −1 and 1.
 
     Raises:
-        ValueError: other lengths, fewer than 3 values, or nothing but ties.
+        ValueError: other lengths, fewer than 3 values, nothing but ties, or values that are not finite.
     """
     from scipy.stats import rankdata
 
-    if len(a) != len(b) or len(a) < 3 or min(len(set(a)), len(set(b))) < 2:
-        raise ValueError(f"{len(a)} and {len(b)} values; accepted: as many, 3 or more, not all the same")
+    a, b = [float(v) for v in a], [float(v) for v in b]
+    if len(a) != len(b) or len(a) < 3 or min(len(set(a)), len(set(b))) < 2 or not all(map(math.isfinite, a + b)):
+        raise ValueError(f"{len(a)} and {len(b)} values; accepted: as many, 3 or more, finite, not all the same")
     return torch.corrcoef(torch.from_numpy(rankdata([list(a), list(b)], axis=1)))[0, 1].item()
 
 # %% ../../nbs/hybrids/46_nrds.ipynb #38d86c00
@@ -313,7 +320,7 @@ def nrds_digits(lab: Any) -> list[dict[str, Any]]:
                 rows.append(row("NRDS", "rank_agreement", agree, kind, {"over": title}, **protocol))
     return rows
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #b96e32c7
+# %% ../../nbs/hybrids/46_nrds.ipynb #64521ef3
 LENGTHS = {"tiny": {"whole": 3_200, "short": 1_600}, "cpu": {"whole": 40_000, "short": 6_400}}
 
 
@@ -370,7 +377,7 @@ def inception_digits(lab: Any) -> list[dict[str, Any]]:
             answers = {k: (scale * batched(network.logits, x)).softmax(1) for k, x in sets.items()}
         scores[name] = {k: inception_score(r) for k, r in answers.items()}
         rows.append(row(name, "accuracy", right, "classifier", split="test"))
-        rows += [row(k, "inception_score", v, at={"by": name}, n=n) for k, v in scores[name].items()]
+        rows += [row(k, "inception_score", v, at={"by": name}, n=len(sets[k])) for k, v in scores[name].items()]
         agree = rank_agreement([scores[name][k] for k in made], [scores["judge"][k] for k in made])
         rows.append(row(name, "rank_agreement", agree, "Inception score, with the judge's", n=n))
     return rows
