@@ -47,7 +47,7 @@ def test_page(browser: tuple, name: str) -> None:
     page.on("request", lambda r: None if r.url.startswith((base, "data:", "blob:")) else outside.append(r.url))
     page.on("response", lambda r: errors.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("pageerror", lambda e: errors.append(str(e)))
-    page.goto(base + name, wait_until="load")
+    page.goto(base + name, wait_until="load", timeout=120_000)
     page.evaluate("window.MathJax?.startup?.promise")
     page.wait_for_load_state("networkidle")
     bare = page.locator(".math").count() and not page.locator("mjx-container").count()
