@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOON', 'LATEST', 'SHEET', 'TEXT', 'range_of', 'mixed', 'between', 'step_of', 'slider', 'control', 'labels_of',
-           'numbers_of', 'Setting', 'described', 'Panel', 'sheet_png', 'Explorer', 'alert', 'arranged', 'explore']
+           'numbers_of', 'Setting', 'described', 'Panel', 'sheet_png', 'Explorer', 'alert', 'arranged', 'explore',
+           'game_picture', 'GameExplorer', 'explore_game']
 
-# %% ../nbs/workshop/17_explorers.ipynb #2cc2abd9
+# %% ../nbs/workshop/17_explorers.ipynb #7dc0b8b3
 import asyncio
 import functools
 import inspect
@@ -22,8 +23,10 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from .contracts import Classes, Code, Condition, Model, Real, Schema, as_numbers, check_whole
+from .contracts import Classes, Code, Condition, Model, Real, Schema, accepted, as_numbers, check_whole
 from .figures import sheet
+from .games import GAMES
+from .instability import Trajectory, trajectory
 
 # %% ../nbs/workshop/17_explorers.ipynb #15b89e99
 def range_of(item: Condition) -> tuple[float, float]:
@@ -382,3 +385,89 @@ def explore(model: Model, n: int | Tensor = 16, **conditions: Any) -> Explorer:
     if model.shape[0] not in (1, 3):
         raise ValueError(f"images of {model.shape[0]} channels; accepted: 1 or 3")
     return Explorer(model, n, **conditions)
+
+# %% ../nbs/workshop/17_explorers.ipynb #af9e70af
+def game_picture(path: Trajectory, k: int) -> str:
+    """Step k of a training on a line, as SVG: real items (grey), generated ones (blue) and the critic (orange)."""
+    width, height, x = 560, 200, path.grid
+    bell = lambda mean, std: torch.exp(-((x - mean) / std) ** 2 / 2) / std
+    most = max(1.0, 1 / path.std[k].item())
+    critic = path.critic[k] - path.critic[k].mean()
+    critic = 0.5 + 0.45 * critic / critic.abs().max().clamp(min=1e-6)
+    across = lambda t: (t - x[0]) / (x[-1] - x[0]) * (width - 20) + 10
+    line = lambda y: " ".join(f"{a:.1f},{height - 30 - b * (height - 50):.1f}" for a, b in zip(across(x), y))
+    curves = [("#999", bell(0, 1) / most), ("#0072b2", bell(path.mean[k], path.std[k]) / most), ("#d55e00", critic)]
+    drawn = [f'<polyline points="{line(y)}" fill="none" stroke="{colour}" stroke-width="2"/>' for colour, y in curves]
+    drawn += [f'<circle cx="{a:.1f}" cy="{height - 20}" r="2" fill="#0072b2" opacity="0.5"/>'
+              for a in across(path.samples[k].clamp(x[0], x[-1]))]
+    words = f"step {k}: mean {path.mean[k]:.2f}, spread {path.std[k]:.2f}"
+    drawn.append(f'<text x="10" y="14" font-size="13" font-family="sans-serif" fill="currentColor">{words}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{words}">{"".join(drawn)}</svg>'
+
+
+class GameExplorer(widgets.VBox):
+    """A training on a line that plays. `explore_game` makes one.
+
+    Attributes:
+        settings: controls by the name of an argument of `condgen.instability.trajectory`.
+        step: slider over the steps.
+        path: the training that is shown.
+    """
+
+    def __init__(self, **values: Any):
+        self.settings = {
+            "game": widgets.Dropdown(options=[*GAMES], description="game"),
+            "gap": slider("gap", 0, 8, 0.5, 4),
+            "lr": widgets.FloatLogSlider(0.1, min=-3, max=0, step=0.25, description="generator's rate"),
+            "critic_lr": widgets.FloatLogSlider(0.01, min=-4, max=-1, step=0.25, description="critic's rate"),
+            "weight": slider("reconstruction", 0, 2, 0.05, 0),
+            "exact": widgets.Checkbox(False, description="the best critic"),
+        }
+        for name, value in values.items():
+            if name not in self.settings:
+                raise ValueError(f"unknown setting {name!r}; {accepted(self.settings, name)}")
+            if name == "game" and value not in GAMES:
+                raise ValueError(f"game={value!r}; {accepted(GAMES, value)}")
+            self.settings[name].value = value
+        self.step = widgets.IntSlider(0, 0, 100, description="step")
+        self.play = widgets.Play(value=0, min=0, max=100, interval=80)
+        widgets.jslink((self.play, "value"), (self.step, "value"))
+        self.picture, self.text = widgets.HTML(), widgets.HTML()
+        for control in self.settings.values():
+            control.style.description_width = "16ch"
+            control.observe(self.train, "value")
+        self.step.observe(self.draw, "value")
+        super().__init__([widgets.HBox([self.play, self.step]), self.picture, *self.settings.values(), self.text])
+        self.train()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Keyword arguments of `trajectory` that make what is shown."""
+        return {name: control.value for name, control in self.settings.items()} | {"steps": 100}
+
+    @property
+    def code(self) -> str:
+        """The call that makes what is shown."""
+        return f"trajectory({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"
+
+    def train(self, change: Any = None) -> None:
+        """Compute the training anew, and show it from the step where the slider stands."""
+        self.path = trajectory(**self.values)
+        self.text.value = f"<pre>{escape(self.code)}</pre>"
+        self.draw()
+
+    def draw(self, change: Any = None) -> None:
+        """Show the step where the slider stands."""
+        self.picture.value = game_picture(self.path, self.step.value)
+
+
+def explore_game(**settings: Any) -> GameExplorer:
+    """A training of a generator on a line, with controls, that plays.
+
+    Args:
+        **settings: where the controls start: game, gap, lr, critic_lr, weight (of a reconstruction error), exact.
+
+    Raises:
+        ValueError: an unknown setting or game.
+    """
+    return GameExplorer(**settings)

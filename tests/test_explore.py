@@ -17,7 +17,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from condgen.contracts import Binary, Classes, Code, Condition, Model, Real, Schema
-from condgen.explore import LATEST, SOON, Explorer, Setting, between, explore, labels_of, range_of, sheet_png, step_of
+from condgen.explore import (
+    LATEST,
+    SOON,
+    Explorer,
+    Setting,
+    between,
+    explore,
+    explore_game,
+    labels_of,
+    range_of,
+    sheet_png,
+    step_of,
+)
+from condgen.instability import trajectory
 
 TOY = '''
 import torch
@@ -484,3 +497,21 @@ def test_a_kernel_follows_a_slider(kernel: Any) -> None:
     seen = pictures(kernel, picture, wanted(kind=0, u=1.0))
     assert seen[-1] == wanted(kind=0, u=1.0) and len(seen) <= 15
     assert answer(kernel, "print(explorer.a.values)").strip() == "{'kind': 0, 'u': [1.0]}"
+
+
+def test_a_game_plays_what_its_code_says() -> None:
+    panel = explore_game(game="non_saturating", gap=3.0, exact=True)
+    assert torch.equal(panel.path.samples, eval(panel.code, {"trajectory": trajectory}).samples)
+    first = panel.picture.value
+    panel.step.value = 50
+    later = panel.picture.value
+    assert later != first and f"mean {panel.path.mean[50]:.2f}" in later and "nan" not in later
+    panel.settings["gap"].value = 5.0
+    assert panel.path.mean[0] == -5 and panel.picture.value != later and "step 50" in panel.picture.value
+
+
+def test_a_game_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="unknown setting 'gape'; .*did you mean 'gap'"):
+        explore_game(gape=3)
+    with pytest.raises(ValueError, match="game='saturated'; .*did you mean 'saturating'"):
+        explore_game(game="saturated")
