@@ -37,6 +37,7 @@ def child(folder, *arguments, limit=None, says=os.devnull):
         return number
     code = 1
     with contextlib.suppress(BaseException):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         os.chdir(folder)
         out = says if isinstance(says, int) else os.open(says, os.O_WRONLY)
         os.dup2(out, 1), os.dup2(out, 2)
