@@ -98,7 +98,7 @@ ADVERSARIAL = {"tiny": {"adversarial": 16_000}, "cpu": {"adversarial": 80_000}}
 PAPER = {"tiny": FLOW["tiny"] | {"adversarial": 80_000}, "cpu": FLOW["cpu"] | {"adversarial": 400_000}}
 BOTH = {tier: FLOW[tier] | ADVERSARIAL[tier] for tier in TIERS}
 
-# %% ../nbs/reproduction/70_recipes.ipynb #94ea1d64
+# %% ../nbs/reproduction/70_recipes.ipynb #ff5d692c
 def caglow(data: Dataset, size: dict[str, Any], code: Code | None = None, **options: Any) -> CAGlow:
     """CAGlow with a flow of that size and two uniform codes, or with `code`."""
     return CAGlow(data.shape, data.conditions + (code or Code("u", 2)), **size, **options)
@@ -390,7 +390,7 @@ RECIPES = {
             "GoogLeNet that reads how old a drawn person is, and who it is",
             lives_with_names,
             lambda data, tier: FaceJudge(data.shape, data.conditions).to(memory_format=torch.channels_last),
-            {"tiny": {"judge": 1_280}, "cpu": {"judge": 80_000}},
+            {"tiny": {"judge": 1_280}, "cpu": {"judge": 200_000}},
         ),
         Recipe(
             "caae-faces",

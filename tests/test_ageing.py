@@ -12,8 +12,9 @@ from condgen import metrics
 from condgen.contracts import Classes, Schema
 from condgen.data import Dataset
 from condgen.experiments import ageing as tables
-from condgen.experiments.ageing import (ABLATIONS, BINS, EDGES, STAYS, Aged, Gallery, Transitions, centre, estimated,
-                                        into_bins, lives, lives_with_ages, monotonicity, rendered, ridge, sharpness,
+from condgen.experiments.ageing import (ABLATIONS, BINS, EDGES, STAYS, STEPS, Aged, Gallery, Transitions, Transport,
+                                        centre, estimated, in_steps, into_bins, least_change, lives, lives_with_ages,
+                                        monotonicity, principal, read_steps, rendered, ridge, sharpness,
                                         sittings)  # fmt: skip
 from condgen.faces import FACTORS
 from condgen.metrics import MetricInfo
@@ -143,13 +144,14 @@ def test_measures_of_planted_faces():
     bins = torch.arange(10.0).repeat(4, 1)
     cell = lambda bins, who: torch.stack([planted(row, places[int(k) - 4].expand(10, 2)) for row, k in zip(bins, who)])
     right = Aged(cell(bins, who), own, who, cell(bins, who))
-    found = right.numbers(Planted(Schema([AGE, WHO])), gallery, MIDDLES, ("older", "younger"))
+    found = right.numbers(Planted(Schema([AGE, WHO])), gallery, MIDDLES, MIDDLES, ("older", "younger"))
     assert found[("monotonicity", "both")] == 1
     for direction in ("older", "younger"):
         assert found[("age_error", direction)] == pytest.approx(0, abs=1e-4) and found[("mae", direction)] == 0
         assert found[("identity_accuracy", direction)] == 1 and found[("sharpness", direction)] == 1
     wrong = cell((bins + 1).clamp(max=9), [5, 5, 6, 4])
-    found = Aged(wrong, own, who, right.targets).numbers(Planted(Schema([AGE, WHO])), gallery, MIDDLES, ("older",))
+    judge = Planted(Schema([AGE, WHO]))
+    found = Aged(wrong, own, who, right.targets).numbers(judge, gallery, MIDDLES, MIDDLES, ("older",))
     assert set(found) == {(m, "older") for m in ("age_error", "identity_accuracy", "mae", "sharpness")}
     older = 9 + 5 + 0 + 5
     assert found["age_error", "older"] == pytest.approx(8 * (older - 3) / older, rel=1e-4)
@@ -183,7 +185,7 @@ def test_bins_of_photographs():
     assert [int(years[bins == b].max()) for b in range(9)] == list(EDGES) and into_bins(torch.tensor([71.0])) == 9
 
 
-# The baseline
+# The baselines
 
 
 def test_ridge_solves_its_equation():
@@ -232,6 +234,49 @@ def test_pairs_are_of_one_person():
     assert first.tolist() == [0, 2] and torch.equal(who[first], who[second]) and second[0] == 4
 
 
+def test_least_change_carries_one_covariance_to_the_other_and_is_gentler_than_other_maps():
+    a, b = (m @ m.T for m in torch.randn(2, 4, 7, generator=seeded(), dtype=torch.float64))
+    best, eigen = least_change(a, b), torch.linalg.eigvalsh(least_change(a, b))
+    assert torch.allclose(best @ a @ best.T, b) and torch.allclose(best, best.T) and eigen.min() > 0
+    assert torch.allclose(least_change(b, a) @ best, torch.eye(4).double(), atol=1e-8)  # the way back is the inverse
+    cholesky = torch.linalg.cholesky(b) @ torch.linalg.inv(torch.linalg.cholesky(a))
+    assert torch.allclose(cholesky @ a @ cholesky.T, b) and (best @ a).trace() > (cholesky @ a).trace()
+    one = torch.tensor([[4.0]], dtype=torch.float64)
+    assert least_change(one, 9 * one).item() == pytest.approx(3)
+
+
+def test_principal_directions_span_what_varies():
+    x = 0.02 * torch.randn(500, 20, generator=seeded())
+    x[:, 3] += torch.randn(500, generator=seeded(1))
+    x[:, 8] += 0.5 * torch.randn(500, generator=seeded(2))
+    found = principal(x + 5, 2, seeded(3))
+    assert torch.allclose(found.T @ found, torch.eye(2), atol=1e-3)
+    assert found[3, 0].abs() > 0.99 and found[8, 1].abs() > 0.99
+
+
+def test_transport_keeps_person_and_pose_goes_both_ways_and_reads_the_age():
+    data = lines()
+    x, c = data.images_of("test"), data.conditions.unpack(data.table("test")["c"])
+    plan = Transport(data)
+    made = plan.ages(x, c["age"])
+    assert plan.basis.shape[1] <= data.conditions.unpack(data.table("train")["c"])["age"].bincount().min() // 4
+    assert torch.allclose(made[torch.arange(len(x)), c["age"]], x, atol=1e-4)
+    for b in (0, 9):
+        assert (made[:, b, 0, 1, 0] - b / 10).abs().max() < 0.02
+        for i in (0, 1):
+            assert torch.corrcoef(torch.stack([made[:, b, 0, 0, i], x[:, 0, 0, i]]))[0, 1] > 0.9
+    assert (plan.read(x) == c["age"]).double().mean() > 0.95
+
+
+def test_a_judge_is_taught_steps_of_two_years(album):
+    data, factors = album
+    fine, known = in_steps(data, factors), FACTORS.unpack(factors)
+    c = fine.conditions.unpack(fine.labels)
+    assert fine.conditions[0] == Classes("age", STEPS) and torch.equal(c["identity"], known["identity"])
+    assert (read_steps()[c["age"]] - known["age"]).abs().max() <= 1 + 1e-4
+    assert torch.equal(c["age"] // 4, data.labels[:, :BINS].argmax(1)) and fine.images is data.images
+
+
 # Experiments
 
 
@@ -240,14 +285,14 @@ class Bench:
 
     tier, seed, progress, first, trained, waited = "tiny", 0, False, True, 0.0, 0.0
 
-    def __init__(self, data, photographs=None):
-        self.data, self.photographs, self.asked = data, photographs, []
+    def __init__(self, data, factors, photographs=None):
+        self.data, self.factors, self.photographs, self.asked = data, factors, photographs, []
 
     def train(self, name, **arguments):
         self.asked.append((name, str(arguments.get("weights", ""))))
         torch.manual_seed(0)
         if name.startswith("judge"):
-            data = self.photographs if name.endswith("utkface") else self.data
+            data = self.photographs if name.endswith("utkface") else in_steps(self.data, self.factors)
             return SimpleNamespace(model=FaceJudge(data.shape, data.conditions, width=4), seconds=1.0)
         form = "literal" if name.endswith("literal") else "corrected"
         return SimpleNamespace(model=CAAE(self.data.shape, [AGE], code=6, width=4, form=form, **arguments), seconds=2.0)
@@ -261,24 +306,28 @@ def check(rows, *wanted):
 
 def test_ageing(album, monkeypatch):
     monkeypatch.setattr(tables, "lives", lambda: album)
-    lab = Bench(album[0])
+    lab = Bench(*album)
     rows = tables.faces_aged(lab)
     check(rows, "age_error", "identity_accuracy", "mae", "sharpness", "monotonicity", "seconds")
     assert lab.asked == [("judge-ages", ""), ("caae-faces", ""), ("caae-faces-literal", ""),
                          *(("caae-faces", str(w)) for w in ABLATIONS.values())]
-    assert {str(w) for w in ABLATIONS.values()} == {"G0", "E0-G0"}
+    assert {str(w) for w in ABLATIONS.values()} == {"G0"}
     at = lambda model, metric, **where: [r for r in rows if r["model"] == model and r["metric"] == metric
                                          and all(r["at"].get(k) == v for k, v in where.items())]
     assert all(r["value"] == 0 for r in at("drawn", "mae")) and all(r["value"] == 1 for r in at("drawn", "sharpness"))
     assert {r["at"]["direction"] for r in at("steps", "mae")} == {"older"}
     assert {r["variant"] for r in at("CAAE", "mae")} == {"corrected", "literal", *ABLATIONS}
     assert {r["at"]["people"] for r in at("CAAE", "mae")} == {"training", "strangers"}
-    assert len(at("judge", "age_error")) == 2 and not at("steps", "monotonicity")
+    assert {r["variant"] for r in at("transport", "mae")} == {"age given", "age read"}
+    assert {r["at"]["direction"] for r in at("transport", "mae")} == {"older", "younger"}
+    assert len([r for r in at("judge", "age_error") if "people" in r["at"]]) == 2 and not at("steps", "monotonicity")
+    by_age = {r["at"]["age"]: r["protocol"]["n"] for r in at("judge", "age_error") if "age" in r["at"]}
+    assert set(by_age) <= set(MIDDLES.tolist()) and sum(by_age.values()) == len(album[0].indices("test"))
 
 
 def test_codes(album, monkeypatch):
     monkeypatch.setattr(tables, "lives", lambda: album)
-    rows = tables.caae_codes(Bench(album[0]))
+    rows = tables.caae_codes(Bench(*album))
     check(rows, "ks_distance", "accuracy", "age_error", "frechet")
     floor = next(r["value"] for r in rows if r["model"] == "uniform noise")
     assert 0 < floor < 0.3 and all(r["value"] > floor for r in rows if r["metric"] == "ks_distance" and r["variant"])
@@ -290,7 +339,7 @@ def test_photographs(album, monkeypatch):
     photographs = replace(data, labels=schema.pack(len(years), age=into_bins(years)), conditions=schema)
     monkeypatch.setattr(tables, "utkface", lambda: (photographs, years))
     monkeypatch.setattr(tables, "once", lambda lab, name: lab.train(name))
-    lab = Bench(data, photographs)
+    lab = Bench(data, factors, photographs)
     rows = tables.utkface_aged(lab)
     check(rows, "age_error", "monotonicity", "mae", "seconds")
     assert [name for name, _ in lab.asked] == ["judge-utkface", "caae-utkface"]
@@ -308,5 +357,5 @@ def test_without_the_prepared_set_the_message_says_what_is_missing(monkeypatch, 
 def test_a_picture_is_drawn(album, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "lives", lambda: album)
     monkeypatch.setattr(tables, "replace", lambda lab, **changes: lab)
-    tables.picture_ageing(Bench(album[0]), [], tmp_path, tmp_path / "ageing.cpu.json")
+    tables.picture_ageing(Bench(*album), [], tmp_path, tmp_path / "ageing.cpu.json")
     assert (tmp_path / "ageing.cpu.png").stat().st_size > 10_000
