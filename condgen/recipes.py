@@ -726,7 +726,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #9fbd8e0e
+# %% ../nbs/reproduction/70_recipes.ipynb #cc2a0b47
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -932,7 +932,7 @@ EXPERIMENTS = {
         ),
         Experiment(
             "caae/ageing",
-            "Drawn people in ten ages: age, person, pixels, sharpness, order; ablations and group-wise steps",
+            "Drawn people in ten ages: age, person, pixels, sharpness, order; against steps and transport",
             faces_aged,
             ("judge-ages", "caae-faces", "caae-faces-literal"),
             lives_with_names,

@@ -328,7 +328,7 @@ def rendered(factors: Tensor, size: int) -> Tensor:
     rows = torch.stack([edit(factors, age=centre(b).item()) for b in range(BINS)], 1).flatten(0, 1)
     return (drawn(rows, size).float() / 255).unflatten(0, (-1, BINS))
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #6b9c057a
+# %% ../../nbs/hybrids/48_ageing.ipynb #9ed8b2a1
 ABLATIONS = {"without D_x": Weights(G=0.0)}
 BASELINES = {"ridge": 0.3, "means": None}
 
@@ -360,7 +360,8 @@ def sittings(data: Dataset, n: int, seed: int) -> dict[str, Sitting]:
     inside = torch.isin(who[test], who[train].unique())
     strange = test[~inside]
     half = len(strange) // 2
-    return {"training": Sitting(test[inside][:n], train[:5_000]), "strangers": Sitting(strange[:half][:n], strange[half:])}
+    known = Sitting(test[inside][:n], train[:5_000])
+    return {"training": known, "strangers": Sitting(strange[:half][:n], strange[half:])}
 
 
 def faces_aged(lab: Any) -> list[dict[str, Any]]:
