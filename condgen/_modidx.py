@@ -386,8 +386,6 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                       'condgen/experiments/ageing.py'),
                                             'condgen.experiments.ageing.sittings': ( 'hybrids/ageing.html#sittings',
                                                                                      'condgen/experiments/ageing.py'),
-                                            'condgen.experiments.ageing.starts': ( 'hybrids/ageing.html#starts',
-                                                                                   'condgen/experiments/ageing.py'),
                                             'condgen.experiments.ageing.trained': ( 'hybrids/ageing.html#trained',
                                                                                     'condgen/experiments/ageing.py'),
                                             'condgen.experiments.ageing.utkface': ( 'hybrids/ageing.html#utkface',

@@ -268,6 +268,17 @@ def test_transport_keeps_person_and_pose_goes_both_ways_and_reads_the_age():
     assert (plan.read(x) == c["age"]).double().mean() > 0.95
 
 
+def test_small_groups_are_refused():
+    data = lines(60)
+    with pytest.raises(ValueError, match="4 or more in each"):
+        Transport(data)
+
+
+def test_a_judge_that_reads_no_age_is_refused():
+    with pytest.raises(ValueError, match="accepted: one that reads age"):
+        estimated(Planted(Schema([WHO])), torch.zeros(1, 3, 4, 4), MIDDLES)
+
+
 def test_a_judge_is_taught_steps_of_two_years(album):
     data, factors = album
     fine, known = in_steps(data, factors), FACTORS.unpack(factors)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINS', 'YEARS', 'STEPS', 'STAYS', 'VARIES', 'ABLATIONS', 'BASELINES', 'EDGES', 'centre', 'read_steps', 'biographies',
-           'lives', 'in_steps', 'lives_with_names', 'lives_with_ages', 'estimated', 'starts', 'Gallery', 'sharpness',
+           'lives', 'in_steps', 'lives_with_names', 'lives_with_ages', 'estimated', 'Gallery', 'sharpness',
            'monotonicity', 'Aged', 'ridge', 'principal', 'Transitions', 'power', 'least_change', 'Transport', 'aged_by',
            'rendered', 'trained', 'Sitting', 'sittings', 'faces_aged', 'judge_rows', 'caae_codes', 'picture_ageing',
            'into_bins', 'utkface', 'utkface_ages', 'utkface_aged']
@@ -31,7 +31,7 @@ from ..models.caae import CAAE, uniform_distance
 from ..models.classifier import Judge
 from ..results import row
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #a297ed93
+# %% ../../nbs/hybrids/48_ageing.ipynb #4ce2a991
 BINS, YEARS = 10, 8.0
 STEPS = 40  # of two years, in which a judge reads ages
 STAYS = ("skin", "hair", "masculine", "wavy_hair", "bangs", "long_hair")
@@ -66,7 +66,7 @@ def lives(size: int = 32, n: int = 24_000, people: int = 200, strangers: int = 4
         size: side of the images, 16 to 256 pixels.
         n: pictures of people to train on: eight tenths of them, the rest for validation and test.
         people: how many these are.
-        strangers: further people, all of whose pictures (as many for each, half of them) are test pictures.
+        strangers: further people, `n // people // 2` pictures of each, half as many as of the others, all for test.
     """
     generator = torch.Generator().manual_seed(3)
     more = strangers * (n // people // 2)
@@ -101,19 +101,28 @@ def lives_with_ages() -> Dataset:
     data, _ = lives()
     return replace(data, name="lives, age only", labels=data.labels[:, :BINS], conditions=Schema(data.conditions[0]))
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #52cee037
+# %% ../../nbs/hybrids/48_ageing.ipynb #1cdab497
 def estimated(judge: Judge, x: Tensor, middles: Tensor) -> Tensor:
-    """Estimated ages `(n,)` in years of images `(n, c, h, w)`, from the `middles` of the judge's classes of age."""
-    item, start = next((item, at) for item, at in starts(judge.conditions) if item.name == "age")
-    believe = lambda part: judge.logits(part)[:, start : start + item.width].double().softmax(1)
+    """Estimated ages `(n,)` in years of images `(n, c, h, w)`.
+
+    Args:
+        judge: reads `age`.
+        x: the images.
+        middles: of its classes of age, `(k,)` in years.
+
+    Raises:
+        ValueError: the judge does not read `age`.
+    """
+    age = next((item for item in judge.conditions if item.name == "age"), None)
+    if age is None:
+        raise ValueError(f"a judge that reads {', '.join(judge.conditions.names)}; accepted: one that reads age")
+
+    def believe(part: Tensor) -> Tensor:
+        """Probabilities of the classes of age, `(n, k)`."""
+        return dict(judge.conditions.columns(judge.logits(part)))[age].double().softmax(1)
+
     with quiet(judge):
         return batched(believe, x) @ middles.double()
-
-
-def starts(schema: Schema) -> list[tuple[Any, int]]:
-    """Each condition with the number of its first column."""
-    widths = [item.width for item in schema]
-    return [(item, sum(widths[:i])) for i, item in enumerate(schema)]
 
 # %% ../../nbs/hybrids/48_ageing.ipynb #bca54c67
 @dataclass
@@ -201,13 +210,13 @@ class Aged:
                 found["sharpness", direction] = sharpness(made) / sharpness(wanted)
         return found
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #bbeea72d
+# %% ../../nbs/hybrids/48_ageing.ipynb #d3c5f942
 def ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Tensor:
     """W `(f, g)` that minimises the mean squared error of centred `inputs (n, f)` @ W against centred `outputs (n, g)`.
 
     Args:
-        inputs: any.
-        outputs: any.
+        inputs: `(n, f)`.
+        outputs: `(n, g)`.
         strength: ridge, in units of the mean variance of the inputs.
     """
     a, b = inputs - inputs.mean(0), outputs - outputs.mean(0)
@@ -219,7 +228,7 @@ def principal(x: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """The first principal directions `(f, rank)`, orthonormal columns, of rows `x (n, f)`, found on 2,000 of them."""
     some = x[torch.randperm(len(x), generator=generator)[:2_000]]
     some = some - some.mean(0)
-    return torch.linalg.qr(some.T @ torch.linalg.eigh(some @ some.T)[1][:, -rank:].flip(1))[0]
+    return torch.linalg.qr(some.T @ torch.linalg.eigh(some @ some.T)[1].flip(1)[:, :rank])[0]
 
 
 class Transitions:
@@ -266,15 +275,19 @@ class Transitions:
             now = torch.where((own <= b)[:, None, None, None], self.step(now, b), now) if b + 1 < BINS else now
         return torch.stack(found, 1)
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #1d1a5cbe
+# %% ../../nbs/hybrids/48_ageing.ipynb #00519bea
 def power(matrix: Tensor, p: float) -> Tensor:
-    """A power of a symmetric positive definite matrix `(k, k)`."""
+    """A power of a symmetric positive definite matrix `(k, k)`, float64."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=1e-30) ** p) @ vectors.T
 
 
 def least_change(a: Tensor, b: Tensor) -> Tensor:
     """The matrix A `(k, k)` with A a Aᵀ = b that moves a normal distribution of covariance `a` least.
+
+    Args:
+        a: symmetric and positive definite, float64.
+        b: as `a`.
 
     References:
         Olkin and Pukelsheim 1982.
@@ -290,12 +303,18 @@ class Transport:
         data: labelled with `age`.
         rank: principal directions that move, at most a quarter of the smallest group.
         seed: of the pictures that the directions are found on.
+
+    Raises:
+        ValueError: a group has fewer than 4 training pictures.
     """
 
     def __init__(self, data: Dataset, rank: int = 96, seed: int = 0):
         age = data.conditions.unpack(data.table("train")["c"])["age"]
         x = data.images_of("train").flatten(1)
-        rank = min(rank, int(age.bincount(minlength=BINS).min()) // 4)
+        smallest = int(age.bincount(minlength=BINS).min())
+        if smallest < 4:
+            raise ValueError(f"{smallest} training pictures in the smallest age group; accepted: 4 or more in each")
+        rank = min(rank, smallest // 4)
         self.basis = principal(x, rank, torch.Generator().manual_seed(seed))
         groups = [(x[age == b] @ self.basis).double() for b in range(BINS)]
         self.means = torch.stack([group.mean(0) for group in groups])
@@ -310,7 +329,7 @@ class Transport:
         return density.log_prob(y[:, None]).argmax(1)
 
     def ages(self, x: Tensor, own: Tensor) -> Tensor:
-        """Images `(n, bins, c, h, w)` of faces from bins `own (n,)`."""
+        """Images `(n, bins, c, h, w)`, clipped to [0, 1], of faces from bins `own (n,)`, integers 0 … 9."""
         flat = x.flatten(1)
         y = (flat @ self.basis).double()
         moved = torch.einsum("nj,nbjk->nbk", y - self.means[own], self.maps[own]) + self.means - y[:, None]
@@ -469,7 +488,7 @@ def picture_ageing(lab: Any, rows: list[dict[str, Any]], folder: Path, result: P
     words = ["input", *(f"{m:.0f}" for m in centre(torch.arange(BINS)))]
     keep_figure(traversal(torch.stack(strips), [*made] * 2, words, scale=0.8), result)
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #b5276d87
+# %% ../../nbs/hybrids/48_ageing.ipynb #e259ffce
 EDGES = (5, 10, 15, 20, 30, 40, 50, 60, 70)
 
 
@@ -501,6 +520,9 @@ def utkface_aged(lab: Any) -> list[dict[str, Any]]:
 
     Args:
         lab: a `condgen.recipes.Lab`, which trains or loads the models; its seed also chooses the pictures.
+
+    Raises:
+        FileNotFoundError: the prepared set is not there.
     """
     (data, years), judge = utkface(), once(lab, "judge-utkface").model
     bins, train = data.labels.argmax(1), data.indices("train")
