@@ -45,7 +45,7 @@ HIGHER = (
     "attribute_accuracy identity_accuracy code_correlation nrds images_per_second:images/s "
     "modes mode_precision monotonicity area_ratio rank_agreement"
 )
-NEITHER = "temperature silhouette parameters judge_probability mode_share sharpness residual_energy"
+NEITHER = "temperature silhouette parameters judge_probability mode_share sharpness residual_energy estimated_age:years"
 METRICS: dict[str, MetricInfo] = {
     name: MetricInfo(name, unit, better)
     for names, better in ((HIGHER, "higher"), (LOWER, "lower"), (NEITHER, ""))

@@ -352,7 +352,8 @@ def test_photographs(album, monkeypatch):
     monkeypatch.setattr(tables, "once", lambda lab, name: lab.train(name))
     lab = Bench(data, factors, photographs)
     rows = tables.utkface_aged(lab)
-    check(rows, "age_error", "monotonicity", "mae", "seconds")
+    check(rows, "age_error", "monotonicity", "estimated_age", "mae", "seconds")
+    assert len([r for r in rows if r["metric"] == "estimated_age"]) == BINS
     assert [name for name, _ in lab.asked] == ["judge-utkface", "caae-utkface"]
     assert {r["at"].get("direction") for r in rows if r["model"] == "unchanged"} == {"older", "younger", "both"}
     assert next(r["value"] for r in rows if r["model"] == "unchanged" and r["metric"] == "monotonicity") == 0

@@ -488,7 +488,7 @@ def picture_ageing(lab: Any, rows: list[dict[str, Any]], folder: Path, result: P
     words = ["input", *(f"{m:.0f}" for m in centre(torch.arange(BINS)))]
     keep_figure(traversal(torch.stack(strips), [*made] * 2, words, scale=0.8), result)
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #e259ffce
+# %% ../../nbs/hybrids/48_ageing.ipynb #30e6204e
 EDGES = (5, 10, 15, 20, 30, 40, 50, 60, 70)
 
 
@@ -539,6 +539,9 @@ def utkface_aged(lab: Any) -> list[dict[str, Any]]:
         found = images.numbers(judge, None, middles, middles, ("older", "younger"))
         rows += [row(name, metric, value, at={"direction": direction}, **protocol)
                  for (metric, direction), value in found.items()]
+    read = estimated(judge, faces.images.flatten(0, 1), middles).view(len(test), BINS).mean(0)
+    rows += [row("CAAE", "estimated_age", read[b].item(), at={"asked": round(middles[b].item(), 1)}, **protocol)
+             for b in range(BINS)]
     own = faces.images[torch.arange(len(test)), bins[test]]
     return [*rows, row("CAAE", "mae", (own - x).abs().double().mean().item(), at={"direction": "own"}, **protocol),
             row("CAAE", "seconds", run.seconds)]  # fmt: skip
