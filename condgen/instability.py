@@ -313,7 +313,7 @@ def gap_over_time(game: str, gap: float, time: float, steps: int = 400, weight: 
         now = (now - dt * mean_push(game, middle, weight)).clamp(min=0)
     return torch.cat([*path, now])
 
-# %% ../nbs/foundations/06_instability.ipynb #85b358b8
+# %% ../nbs/foundations/06_instability.ipynb #4bee640e
 @dataclass(frozen=True)
 class Trajectory:
     """One training on a line.
@@ -337,6 +337,8 @@ def trajectory(game: str = "saturating", gap: float = 4.0, lr: float = 0.1, crit
                critic_steps: int = 5, weight: float = 0.0, exact: bool = False, samples: int = 64,
                seed: int = 0) -> Trajectory:
     """Train N(mean, std²), which begins as N(−gap, 1), to be N(0, 1).
+
+    The generator's slopes in mean and log std are cut to −10 … 10, log std to −5 … 2.
 
     Args:
         game: one of `condgen.games.GAMES`; the Wasserstein critic has a gradient penalty of weight 1.
