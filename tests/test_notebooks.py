@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, each in a process and a folder of its own, and none is changed by it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,12 @@ def test_notebook(path: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS])
+def test_notebooks_keep_no_widgets(path: Path) -> None:
+    """Saved widgets would have the page ask for fonts and scripts that the book does not have."""
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
 
 
 def test_flags_are_those_of_the_settings() -> None:
