@@ -1324,6 +1324,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                  'condgen.recipes.caglow': ('reproduction/recipes.html#caglow', 'condgen/recipes.py'),
                                  'condgen.recipes.cgan_digits': ('reproduction/recipes.html#cgan_digits', 'condgen/recipes.py'),
                                  'condgen.recipes.check_tier': ('reproduction/recipes.html#check_tier', 'condgen/recipes.py'),
+                                 'condgen.recipes.command_of': ('reproduction/recipes.html#command_of', 'condgen/recipes.py'),
                                  'condgen.recipes.definitions': ('reproduction/recipes.html#definitions', 'condgen/recipes.py'),
                                  'condgen.recipes.digits_on_demand': ('reproduction/recipes.html#digits_on_demand', 'condgen/recipes.py'),
                                  'condgen.recipes.digits_report': ('reproduction/recipes.html#digits_report', 'condgen/recipes.py'),

@@ -289,7 +289,7 @@ def trained_push(game: str, critic: Ensemble, gap: Tensor, items: int = 512, see
     slope, = torch.autograd.grad(GAMES[game].generator(values.flatten()) * critic.members, x)
     return -slope.sum((1, 2)).view(len(gap), seeds)
 
-# %% ../nbs/foundations/06_instability.ipynb #7d6c870c
+# %% ../nbs/foundations/06_instability.ipynb #d3c8ad54
 def gap_over_time(game: str, gap: float, time: float, steps: int = 400, weight: float = 0.0) -> Tensor:
     """The gap that is left while the generator's mean follows its push and the critic is the best at every moment.
 
@@ -304,8 +304,11 @@ def gap_over_time(game: str, gap: float, time: float, steps: int = 400, weight: 
         Gaps at equally spaced times from 0 to `time`, (steps + 1,).
 
     Raises:
-        ValueError: an unknown game.
+        ValueError: an unknown game, or steps that are no number from 1.
     """
+    _check_choice(game, tuple(GAMES), "game")
+    if steps < 1:
+        raise ValueError(f"{steps} steps; accepted: 1 or more")
     now, dt, path = torch.tensor([gap], dtype=torch.float64), time / steps, []
     for _ in range(steps):
         path.append(now)

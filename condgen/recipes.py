@@ -9,14 +9,14 @@ __all__ = ['TIERS', 'FLOW', 'ADVERSARIAL', 'PAPER', 'BOTH', 'FACE_FLOW', 'FACE_B
            'DIGITS', 'PORTRAITS', 'Recipe', 'more_digits', 'flow_size', 'caglow', 'mnist_to_train', 'mnist_flow',
            'faces_to_train', 'face_flow', 'photo_flow', 'caae_size', 'recipe', 'check_tier', 'train', 'definitions',
            'source', 'OutOfTime', 'Lab', 'judge_rows', 'digits_on_demand', 'digits_variants', 'flow_switches',
-           'acgan_digits', 'cgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'reproduce',
-           'ship_weights']
+           'acgan_digits', 'cgan_digits', 'Experiment', 'result_path', 'headline', 'digits_report', 'command_of',
+           'reproduce', 'ship_weights']
 
-# %% ../nbs/reproduction/70_recipes.ipynb #d6f3d48d
+# %% ../nbs/reproduction/70_recipes.ipynb #15ff8e98
 import ast
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -50,7 +50,7 @@ from .models.classifier import FaceJudge, FaceReader, Judge, Reader
 from .models.decoupled import CoupledAE, DecoupledAE
 from .models.glow import Glow
 from .models.vaegan import ACGAN
-from .runs import Run, make_folder, ship
+from .runs import Run, make_folder, ship, write_atomically
 from .training import fit
 
 # %% ../nbs/reproduction/70_recipes.ipynb #3acfe01a
@@ -726,7 +726,7 @@ def result_path(name: str, tier: str, root: str | Path = "data/results") -> Path
     "Where the result of an experiment is stored."
     return Path(root) / f"{name}.{tier}.json"
 
-# %% ../nbs/reproduction/70_recipes.ipynb #cc2a0b47
+# %% ../nbs/reproduction/70_recipes.ipynb #37b19e7b
 HEADLINES = ("accuracy", "diversity_pixel", "diversity_feature", "frechet", "bpd", "temperature", "seconds")
 
 
@@ -985,6 +985,15 @@ EXPERIMENTS = {
 }
 
 
+def command_of(name: str, tier: str, seeds: Iterable[int]) -> str:
+    """What computes these seeds of an experiment: a command for each run of consecutive ones."""
+    wanted = set(seeds)
+    starts = sorted(s for s in wanted if s - 1 not in wanted)
+    ends = sorted(s for s in wanted if s + 1 not in wanted)
+    return " && ".join(f"condgen reproduce {name} --tier {tier} --seeds {b - a + 1}" + (f" --seed {a}" if a else "")
+                       for a, b in zip(starts, ends, strict=True))
+
+
 def reproduce(
     name: str,
     tier: str = "cpu",
@@ -1008,6 +1017,11 @@ def reproduce(
         runs: folder of the run folders; `runs/<family>` if None, so that experiments of a family share them.
         results: file; `data/results/<name>.<tier>.json` if None.
         progress: show bars.
+
+    Raises:
+        ValueError: an unknown experiment or tier, no seeds, or a results file of another experiment or tier.
+        OSError: results cannot be written there.
+        OutOfTime: the budget is over.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {name!r}; {accepted(EXPERIMENTS, name)}")
@@ -1018,14 +1032,20 @@ def reproduce(
     path = Path(results) if results is not None else result_path(name, tier)
     folder = Path(runs) if runs is not None else Path("runs") / name.split("/")[0]
     deadline = None if budget is None else started + budget
-    make_folder(path.parent)  # a bad one is found before hours of training, not after them
+    make_folder(path.parent)
+    probe = path.with_name(f".{path.name}.probe")
+    write_atomically(probe, b"")  # a bad place is found before hours of training, not after them
+    probe.unlink()
     rows: list[dict[str, Any]] = []
     done: list[int] = []
     hours, result, data = 0.0, None, experiment.data()
     if path.exists():
         old = read_results(path)
+        if (old["experiment"], old["tier"]) != (name, tier):
+            raise ValueError(f"{path} holds {old['experiment']} at tier {old['tier']}, asked for {name} at {tier}; "
+                             f"accepted: another file")
         config = {k: v for k, v in old["config"].items() if k != "seeds"}
-        same = old["data"]["sha256"] == data.sha256
+        same = old["data"]["sha256"] == data.sha256 and "seeds" in old["config"]
         if same and not stale({**old, "config": config}, experiment.config(tier), experiment.source):
             rows, done, hours, result = old["rows"], old["config"]["seeds"], old["hours"], old
     for seed in range(first_seed, first_seed + seeds):
@@ -1035,14 +1055,11 @@ def reproduce(
         begun = time.monotonic()
         rows = merge(rows, experiment.run(lab))
         done, hours = [*done, seed], hours + (time.monotonic() - begun - lab.waited + lab.trained) / 3600
-        command = f"condgen reproduce {name} --tier {tier} --seeds {seeds}" + (
-            f" --seed {first_seed}" if first_seed else ""
-        )
         result = write_results(
             path,
             name,
             tier,
-            command,
+            command_of(name, tier, done),
             rows,
             {**experiment.config(tier), "seeds": done},
             {"name": data.name, "sha256": data.sha256},

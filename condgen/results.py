@@ -6,10 +6,9 @@
 __all__ = ['FIELDS', 'PACKAGES', 'interval', 'row', 'key', 'merge', 'rows_of', 'show', 'layout', 'table', 'table_html',
            'versions', 'hardware', 'write_results', 'read_results', 'stale']
 
-# %% ../nbs/workshop/19_results.ipynb #b9ee5db7
+# %% ../nbs/workshop/19_results.ipynb #a47cb8de
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from .metrics import METRICS, known
+from .runs import make_folder, write_atomically
 
 # %% ../nbs/workshop/19_results.ipynb #42e3520e
 def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
@@ -149,7 +149,7 @@ def table_html(rows: Iterable[dict[str, Any]]) -> str:
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{small}"
 
-# %% ../nbs/workshop/19_results.ipynb #41c44f44
+# %% ../nbs/workshop/19_results.ipynb #24272d18
 FIELDS = tuple("experiment tier command rows config data source commit versions hardware hours".split())
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "scikit-learn", "accelerate")
 
@@ -205,6 +205,7 @@ def write_results(
 
     Raises:
         ValueError: a row with an unknown metric, or a number that is not finite.
+        OSError: no room or no permission; what was there before is unchanged.
     """
     rows = list(rows)
     for item in rows:
@@ -212,10 +213,8 @@ def write_results(
     values = (experiment, tier, command, rows, config, data, source, commit, versions(), hardware(), round(hours, 4))
     result = dict(zip(FIELDS, values, strict=True))
     text, path = json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
+    make_folder(path.parent)
+    write_atomically(path, f"{text}\n".encode())
     return json.loads(text)
 
 
@@ -237,6 +236,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a result: {error}") from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
+    config, data = result["config"], result["data"]
+    if not (isinstance(config, dict) and isinstance(config.get("seeds", []), list) and isinstance(data, dict)
+            and isinstance(data.get("sha256"), str) and isinstance(result["hours"], int | float)):
+        raise ValueError(f"{path} is not a result: its config, data or hours have been altered; delete it, or choose "
+                         f"another file")
     return result
 
 

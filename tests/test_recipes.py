@@ -300,7 +300,8 @@ def test_every_experiment_names_known_recipes_of_every_tier():
     assert all("-" in name and "/" not in name for name in RECIPES)
 
 
-def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypatch):
+def counting(monkeypatch, name="test/count"):
+    """An experiment that takes no time; the seeds that it was run for."""
     from condgen import recipes
     from condgen.results import row
 
@@ -310,7 +311,14 @@ def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypa
         seen.append(lab.seed)
         return [row("Glow", "bpd", 1.0 + lab.seed, n=3)]
 
-    monkeypatch.setitem(recipes.EXPERIMENTS, "test/count", recipes.Experiment("test/count", "", run, ("glow-digits",)))
+    monkeypatch.setitem(recipes.EXPERIMENTS, name, recipes.Experiment(name, "", run, ("glow-digits",)))
+    return seen
+
+
+def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypatch):
+    from condgen import recipes
+
+    seen = counting(monkeypatch)
     path = result_path("test/count", "tiny", tmp_path)
     for seeds in (1, 3, 3):
         result = reproduce("test/count", "tiny", seeds, runs=tmp_path / "runs", results=path)
@@ -323,6 +331,43 @@ def test_reproduce_accumulates_seeds_and_does_not_repeat_them(tmp_path, monkeypa
     path.write_text(json.dumps({**kept, "data": {**kept["data"], "sha256": "of other images"}}))
     result = reproduce("test/count", "tiny", 2, runs=tmp_path / "runs", results=path)
     assert seen == [0, 1, 2, 0, 0, 1] and result["data"]["sha256"] == kept["data"]["sha256"]
+
+
+def test_the_recorded_command_makes_all_seeds(tmp_path, monkeypatch):
+    seen, path = counting(monkeypatch), tmp_path / "r.json"
+    for first, seeds in ((0, 1), (1, 2), (7, 1)):
+        result = reproduce("test/count", "tiny", seeds, first, runs=tmp_path / "runs", results=path)
+    assert seen == [0, 1, 2, 7]
+    assert result["command"] == "condgen reproduce test/count --tier tiny --seeds 3 && " \
+                                "condgen reproduce test/count --tier tiny --seeds 1 --seed 7"
+
+
+def test_results_of_another_experiment_are_not_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    counting(monkeypatch), counting(monkeypatch, "test/other")
+    reproduce("test/count", "tiny", runs=tmp_path / "runs", results=path)
+    before = path.read_bytes()
+    for name, tier in (("test/other", "tiny"), ("test/count", "cpu")):
+        with pytest.raises(ValueError, match="holds test/count at tier tiny, asked for"):
+            reproduce(name, tier, runs=tmp_path / "runs", results=path)
+    assert path.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_experiment(tmp_path, monkeypatch):
+    seen = counting(monkeypatch)
+    with pytest.raises(OSError, match="cannot (write|make)"):
+        reproduce("test/count", "tiny", runs=tmp_path / "runs", results="/proc/r.json")
+    assert seen == []
+
+
+@pytest.mark.parametrize("part", [{"data": {}}, {"data": None}, {"config": []}, {"config": {"seeds": 3}}, {"hours": "x"}])
+def test_altered_results_are_refused(part, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    counting(monkeypatch)
+    reproduce("test/count", "tiny", runs=tmp_path / "runs", results=path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
+    with pytest.raises(ValueError, match="is not a result"):
+        reproduce("test/count", "tiny", runs=tmp_path / "runs", results=path)
 
 
 PACKAGE = {

@@ -127,7 +127,7 @@ def sweep_weights(lab: Any) -> list[dict[str, Any]]:
             rows.append(row(name, "seconds", run.seconds, "training", {"weight": weight}, **protocol))
     return rows
 
-# %% ../../nbs/hybrids/49_weights.ipynb #f9bb880d
+# %% ../../nbs/hybrids/49_weights.ipynb #e93b873a
 CLAIMS = {"Fréchet distance of pictures": ("frechet", "picture"),
           "reconstruction, picture": ("reconstruction_l1", "picture"),
           "reconstruction, G alone": ("reconstruction_l1", "G alone")}
@@ -138,8 +138,11 @@ def range_over(rows: list[dict[str, Any]], model: str, metric: str, variant: str
     """Largest minus smallest mean over seeds of a metric, over the weights.
 
     Raises:
-        ValueError: a weight is missing.
+        ValueError: a weight is missing, or there are none.
     """
+    weights = tuple(weights)
+    if not weights:
+        raise ValueError("no weights; accepted: at least one")
     means = {r["at"]["weight"]: r["value"] for r in rows
              if (r["model"], r["metric"], r["variant"]) == (model, metric, variant)}
     missing = [w for w in weights if w not in means]
