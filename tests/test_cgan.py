@@ -101,6 +101,7 @@ def test_swapped_labels_are_seen_and_a_batch_of_tables_is_taken():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ((pairs(0), 2 * pairs(1)), "fake"), ((2 * pairs(0), pairs(1)), "real"), ((pairs(0), pairs(1, nx=4)), "shape"),
+    ((pairs(0), pairs(1).mT), "shape"),
     ((pairs(0), pairs(1), "litteral"), "form='litteral'; accepted: corrected, literal; did you mean 'literal'"),
 ])  # fmt: skip
 def test_what_the_value_refuses(arguments, message):

@@ -74,6 +74,11 @@ def test_scores_of_the_best_judge(shares):
         nr.optimal_scores(q, p[0])
     with pytest.raises(ValueError, match="sums|sum"):
         nr.optimal_scores(q, 2 * p)
+    tilted = torch.stack([1.5 * p[0] - 0.5 * p[1], 1.5 * p[1] - 0.5 * p[0]])
+    with pytest.raises(ValueError, match="fakes must be probabilities"):
+        nr.optimal_scores(q, tilted.abs())
+    with pytest.raises(ValueError, match=f"one of each of the {len(p)} competitors"):
+        nr.optimal_scores(q, p, torch.ones(len(p) + 1, dtype=p.dtype) / (len(p) + 1))
 
 
 def test_alone_the_score_is_a_divergence():

@@ -63,7 +63,7 @@ def nrds(curves: Tensor) -> Tensor:
     areas = area(curves)
     return areas / areas.sum()
 
-# %% ../../nbs/hybrids/46_nrds.ipynb #fdb2b1e0
+# %% ../../nbs/hybrids/46_nrds.ipynb #25355260
 def optimal_scores(real: Tensor, fakes: Tensor, shares: Tensor | None = None) -> Tensor:
     """What the best pooled discriminator answers on average to real images, then to each competitor's.
 
@@ -80,7 +80,10 @@ def optimal_scores(real: Tensor, fakes: Tensor, shares: Tensor | None = None) ->
     """
     if fakes.ndim != 2:
         raise ValueError(f"fakes {tuple(fakes.shape)}; accepted: (competitors, outcomes)")
+    check_probs(fakes, "fakes")
     shares = torch.full_like(fakes[:, 0], 1 / len(fakes)) if shares is None else check_probs(shares, "shares")
+    if shares.shape != fakes.shape[:1]:
+        raise ValueError(f"shares {tuple(shares.shape)}; accepted: one of each of the {len(fakes)} competitors")
     answers = optimal_logit(real, (shares[:, None] * fakes).sum(0)).sigmoid().nan_to_num()
     return torch.cat([real[None], fakes]) @ answers
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOUD', 'conditional_value', 'PairJudge', 'CGAN']
 
-# %% ../../nbs/hybrids/45_cgan.ipynb #81d47dd5
+# %% ../../nbs/hybrids/45_cgan.ipynb #c3726b1a
 import math
 import numbers
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..blocks import downsampling, upsampling
 from ..contracts import Batch, Condition, Model, Player, Stage, Terms, accepted, check_temperature, check_whole
-from ..divergences import check_probs, js
+from ..divergences import _check_shapes, check_probs, js
 from ..games import GAMES
 
-# %% ../../nbs/hybrids/45_cgan.ipynb #ca6aa61e
+# %% ../../nbs/hybrids/45_cgan.ipynb #4df91fa3
 def conditional_value(real: Tensor, fake: Tensor, form: Literal["corrected", "literal"] = "corrected") -> Tensor:
     """Value of the game against the best discriminator that sees x and c, 2 JS(real pairs, generated pairs) − 2 log 2.
 
@@ -39,6 +39,7 @@ def conditional_value(real: Tensor, fake: Tensor, form: Literal["corrected", "li
     """
     check_probs(real, "real", axes=2)
     check_probs(fake, "fake", axes=2)
+    _check_shapes(real, fake, "real", "fake", axes=2)
     if form not in ("corrected", "literal"):
         raise ValueError(f"form={form!r}; {accepted(['corrected', 'literal'], form)}")
     pairs = real if form == "corrected" else real.sum(-1, keepdim=True) * real.sum(-2, keepdim=True)
