@@ -163,6 +163,8 @@ def test_cells_that_count():
     faces = Aged(torch.zeros(2, 4, 1, 1, 1), torch.tensor([1, 3]), torch.zeros(2))
     assert faces.cells("older").tolist() == [[False, False, True, True], [False] * 4]
     assert faces.cells("younger").tolist() == [[True, False, False, False], [True, True, True, False]]
+    with pytest.raises(ValueError, match="did you mean 'older'"):
+        faces.cells("oldr")
 
 
 def test_a_gallery_finds_by_direction_about_the_middle():
@@ -320,14 +322,14 @@ def test_ageing(album, monkeypatch):
     lab = Bench(*album)
     rows = tables.faces_aged(lab)
     check(rows, "age_error", "identity_accuracy", "mae", "sharpness", "monotonicity", "seconds")
-    assert lab.asked == [("judge-ages", ""), ("caae-faces", ""), ("caae-faces-literal", ""),
+    assert lab.asked == [("judge-ages", ""), ("caae-faces", ""), ("caae-faces-longer", ""), ("caae-faces-literal", ""),
                          *(("caae-faces", str(w)) for w in ABLATIONS.values())]
     assert {str(w) for w in ABLATIONS.values()} == {"G0"}
     at = lambda model, metric, **where: [r for r in rows if r["model"] == model and r["metric"] == metric
                                          and all(r["at"].get(k) == v for k, v in where.items())]
     assert all(r["value"] == 0 for r in at("drawn", "mae")) and all(r["value"] == 1 for r in at("drawn", "sharpness"))
     assert {r["at"]["direction"] for r in at("steps", "mae")} == {"older"}
-    assert {r["variant"] for r in at("CAAE", "mae")} == {"corrected", "literal", *ABLATIONS}
+    assert {r["variant"] for r in at("CAAE", "mae")} == {"corrected", "longer", "literal", *ABLATIONS}
     assert {r["at"]["people"] for r in at("CAAE", "mae")} == {"training", "strangers"}
     assert {r["variant"] for r in at("transport", "mae")} == {"age given", "age read"}
     assert {r["at"]["direction"] for r in at("transport", "mae")} == {"older", "younger"}

@@ -9,7 +9,7 @@ __all__ = ['BINS', 'YEARS', 'STEPS', 'STAYS', 'VARIES', 'ABLATIONS', 'BASELINES'
            'rendered', 'trained', 'Sitting', 'sittings', 'faces_aged', 'judge_rows', 'caae_codes', 'picture_ageing',
            'into_bins', 'utkface', 'utkface_ages', 'utkface_aged']
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #e42582c7
+# %% ../../nbs/hybrids/48_ageing.ipynb #998c2382
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contracts import Classes, Real, Schema
+from ..contracts import Classes, Real, Schema, accepted
 from ..data import Dataset, drawn, prepared, ranked
 from .front import Weights
 from .mnist import once
@@ -160,7 +160,7 @@ def monotonicity(years: Tensor) -> float:
     """Share of the steps along rows of ages `(n, bins)` that go up: 1 always, ½ for numbers in random order."""
     return (years[:, 1:] > years[:, :-1]).double().mean().item()
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #202e06dd
+# %% ../../nbs/hybrids/48_ageing.ipynb #e21122fc
 @dataclass
 class Aged:
     """Faces in all bins, and what they should be.
@@ -178,7 +178,9 @@ class Aged:
     targets: Tensor | None = None
 
     def cells(self, direction: str) -> Tensor:
-        """Which cells count, `(n, bins)`: those `older` or `younger` than the input."""
+        """Which cells count, `(n, bins)`: those `older` or `younger` than the input; ValueError: another direction."""
+        if direction not in ("older", "younger"):
+            raise ValueError(f"direction {direction!r}; {accepted(('older', 'younger'), direction)}")
         away = torch.arange(self.images.shape[1]) - self.own[:, None]
         return away > 0 if direction == "older" else away < 0
 
@@ -347,14 +349,15 @@ def rendered(factors: Tensor, size: int) -> Tensor:
     rows = torch.stack([edit(factors, age=centre(b).item()) for b in range(BINS)], 1).flatten(0, 1)
     return (drawn(rows, size).float() / 255).unflatten(0, (-1, BINS))
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #9ed8b2a1
+# %% ../../nbs/hybrids/48_ageing.ipynb #6ad5b8b1
 ABLATIONS = {"without D_x": Weights(G=0.0)}
 BASELINES = {"ridge": 0.3, "means": None}
 
 
 def trained(lab: Any) -> dict[str, Any]:
     """The runs of CAAE by variant."""
-    found = {"corrected": lab.train("caae-faces"), "literal": lab.train("caae-faces-literal")}
+    names = {"corrected": "caae-faces", "longer": "caae-faces-longer", "literal": "caae-faces-literal"}
+    found = {name: lab.train(recipe) for name, recipe in names.items()}
     return found | {name: lab.train("caae-faces", weights=weights) for name, weights in ABLATIONS.items()}
 
 
@@ -432,7 +435,7 @@ def judge_rows(judge: Judge, data: Dataset, factors: Tensor) -> list[dict[str, A
             row("judge", "identity_accuracy", named.double().mean().item(), at={"people": "training"}, n=len(named),
                 split="test")]  # fmt: skip
 
-# %% ../../nbs/hybrids/48_ageing.ipynb #e67d486f
+# %% ../../nbs/hybrids/48_ageing.ipynb #1b5081bd
 def caae_codes(lab: Any) -> list[dict[str, Any]]:
     """Are codes uniform, do they know the age, and are samples from the box faces?
 
@@ -440,7 +443,9 @@ def caae_codes(lab: Any) -> list[dict[str, Any]]:
         lab: a `condgen.recipes.Lab`, which trains or loads the models.
     """
     (data, _), judge, rows = lives(), lab.train("judge-ages").model, []
-    test, train = data.indices("test"), data.indices("train")[: 500 if lab.tier == "tiny" else None]
+    tiny = lab.tier == "tiny"
+    test, train = data.indices("test"), data.indices("train")[: 500 if tiny else None]
+    test = test[:: max(1, len(test) // 200)] if tiny else test
     x, x_train = data.images[test].float() / 255, data.images[train].float() / 255
     c, c_train, middles = data.labels[test, :BINS], data.labels[train, :BINS], centre(torch.arange(BINS))
     protocol = {"n": len(test), "split": "test", "judge": "GoogLeNet, seed 0"}
