@@ -27,12 +27,14 @@ test: $(READY)  ## run all tests, every notebook included
 book: $(READY)  ## build the book into _build/html
 	$(BIN)/python -m book.build
 
-lab: $(READY)  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir nbs
+lab: $(READY)  ## open the notebooks in JupyterLab, as copies in plain Markdown; those you edit are kept
+	$(BIN)/python -m book.plain
+	$(BIN)/jupyter lab --notebook-dir _build/lab
 
 weights: $(READY)  ## train the models that ship with the package anew
-	$(BIN)/python -c "from condgen.recipes import ship_weights; ship_weights()"
+	$(BIN)/python -c "from condgen.reproduction import export_all; export_all()"
 
-clean:  ## remove what the other targets made, except .venv and runs
-	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+clean:  ## remove what the other targets made, except .venv, runs and the notebooks in _build/lab
+	[ ! -d _build ] || find _build -mindepth 1 -maxdepth 1 ! -name lab -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

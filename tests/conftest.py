@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # whatever the caller says: some tests fork, and threads do not
+# whatever the caller says: some tests fork, and threads do not
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 os.environ["CONDGEN_TIER"] = "tiny"
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -15,3 +16,36 @@ os.environ.setdefault("MPLBACKEND", "agg")
 def root() -> Path:
     """The repository's root."""
     return Path(__file__).resolve().parents[1]
+
+
+def probes_of(kind: str) -> list[str]:
+    """Experiments whose probes run in one file: those on drawn faces, or all others."""
+    from condgen.recipes import declared
+
+    faces = lambda e: any(word in e.data for word in ("portrait", "ageing", "face",
+                                                      "photo", "utkface"))
+    return [name for name, e in declared("EXPERIMENTS").items()
+            if faces(e) == (kind == "faces")]
+
+
+def proved(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Where a probe differs from the stored one; probes of a file
+    share their trainings.
+
+    A data set that is neither embedded nor prepared here skips the test.
+    """
+    from condgen.lab import find_experiment
+    from condgen.reproduction import probe_differences, probe
+    from condgen.recipes import resolve
+    from condgen.results import read_results, result_path
+
+    experiment = find_experiment(name)
+    try:
+        resolve(experiment.data)("tiny")
+    except (FileNotFoundError, OSError) as missing:
+        pytest.skip(str(missing)[:80])
+    root = Path(__file__).resolve().parents[1] / "data" / "results"
+    stored = read_results(result_path(name, "cpu", root))["probe"]
+    folder = tmp_path_factory.getbasetemp() / "probes"
+    folder.mkdir(exist_ok=True)
+    return probe_differences(stored, probe(experiment, folder))

@@ -1,4 +1,6 @@
-"""Laws of condgen.bijections: ladj against autograd, round trips, densities that integrate to one, grey levels."""
+"""Laws of condgen.bijections: ladj against autograd, round trips, densities that
+integrate to one, grey levels.
+"""
 
 import math
 from collections.abc import Callable
@@ -22,7 +24,8 @@ def mlp(inputs: int, outputs: int) -> nn.Module:
 
 def conv(inputs: int, outputs: int) -> nn.Module:
     """A network for images, zero where it starts."""
-    net = nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, outputs, 3, padding=1))
+    net = nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.Tanh(),
+                        nn.Conv2d(6, outputs, 3, padding=1))
     nn.init.zeros_(net[-1].weight)
     nn.init.zeros_(net[-1].bias)
     return net
@@ -34,18 +37,21 @@ def net(shape: tuple[int, ...], parts: int) -> nn.Module:
     return (conv if len(shape) == 3 else mlp)(c // 2, parts * (c - c // 2))
 
 
-def step(c: int, lu: bool = True, floor: float = 0.1, top: bool = True) -> list[bj.Bijection]:
-    """One Glow step on images of c channels, followed by the whitening of the half that leaves."""
-    layers = [bj.ActNorm(c), bj.InvertibleConv(c, lu), bj.AffineCoupling(net((c, 1, 1), 2), floor)]
-    return layers if top else [*layers, bj.Whiten(net((c, 1, 1), 2))]
+def step(c: int, lu: bool = True, floor: float = 0.1,
+         top: bool = True) -> list[bj.Bijection]:
+    """One Glow step on images of c channels, followed by the whitening of
+    the half that leaves.
+    """
+    layers = [bj.ActNorm(c), bj.InvertibleConv(c, lu),
+              bj.AffineCoupling(net((c, 1, 1), 2), floor)]
+    return layers if top else [*layers, bj.ConditionalStandardize(net((c, 1, 1), 2))]
 
 
 def multiscale(levels: int, shape: tuple[int, int, int]) -> bj.MultiScale:
     """A Glow of one step per level."""
     channels = [shape[0] * 2 ** (i + 2) for i in range(levels)]
-    return bj.MultiScale(
-        (bj.Chain(bj.Squeeze(), *step(c, top=i == levels - 1)) for i, c in enumerate(channels)), shape
-    )
+    return bj.MultiScale((bj.Chain(bj.Squeeze(), *step(c, top=i == levels - 1))
+                          for i, c in enumerate(channels)), shape)
 
 
 LAYERS: dict[str, Callable[[tuple[int, ...]], bj.Bijection]] = {
@@ -55,25 +61,25 @@ LAYERS: dict[str, Callable[[tuple[int, ...]], bj.Bijection]] = {
     "additive": lambda s: bj.AdditiveCoupling(net(s, 1)),
     "affine": lambda s: bj.AffineCoupling(net(s, 2)),
     "affine-no-floor": lambda s: bj.AffineCoupling(net(s, 2), floor=0.0),
-    "whiten": lambda s: bj.Whiten(net(s, 2)),
-    "chain": lambda s: bj.Chain(
-        bj.ActNorm(s[0]), bj.InvertibleConv(s[0]), bj.AffineCoupling(net(s, 2)), bj.ActNorm(s[0]),
-        bj.InvertibleConv(s[0], lu=False), bj.AdditiveCoupling(net(s, 1)),
-    ),
-}  # fmt: skip
-SHAPES = [(2,), (5,), (3, 2), (2, 2, 2), (3, 2, 3)]  # odd channels, vectors, sequences, images that are not square
+    "whiten": lambda s: bj.ConditionalStandardize(net(s, 2)),
+    "chain": lambda s: bj.Chain(bj.ActNorm(s[0]), bj.InvertibleConv(s[0]),
+                                bj.AffineCoupling(net(s, 2)), bj.ActNorm(s[0]),
+                                bj.InvertibleConv(s[0], lu=False),
+                                bj.AdditiveCoupling(net(s, 1))),
+}
+# odd channels, vectors, sequences, images that are not square
+SHAPES = [(2,), (5,), (3, 2), (2, 2, 2), (3, 2, 3)]
 CASES = [
-    pytest.param(lambda make=make, s=s: make(s), s, id=f"{name}-{'x'.join(map(str, s))}")
-    for name, make in LAYERS.items()
-    for s in SHAPES
-    if len(s) != 2 or name in ("actnorm", "conv-lu", "conv-plain")
-] + [
-    pytest.param(lambda: bj.Squeeze(), (3, 2, 4), id="squeeze"),
-    pytest.param(lambda: multiscale(1, (1, 4, 2)), (1, 4, 2), id="multiscale-1"),
-    pytest.param(lambda: multiscale(2, (1, 4, 4)), (1, 4, 4), id="multiscale-2"),
-    pytest.param(lambda: multiscale(2, (3, 4, 4)), (3, 4, 4), id="multiscale-2-colour"),
-    pytest.param(lambda: multiscale(3, (1, 8, 8)), (1, 8, 8), id="multiscale-3"),
-]
+    pytest.param(lambda make=make, s=s: make(s), s,
+                 id=f"{name}-{'x'.join(map(str, s))}") for name, make in LAYERS.items()
+    for s in SHAPES if len(s) != 2 or name in ("actnorm", "conv-lu", "conv-plain")] + [
+        pytest.param(lambda: bj.Squeeze(), (3, 2, 4), id="squeeze"),
+        pytest.param(lambda: multiscale(1, (1, 4, 2)), (1, 4, 2), id="multiscale-1"),
+        pytest.param(lambda: multiscale(2, (1, 4, 4)), (1, 4, 4), id="multiscale-2"),
+        pytest.param(lambda: multiscale(2, (3, 4, 4)), (3, 4, 4),
+                     id="multiscale-2-colour"),
+        pytest.param(lambda: multiscale(3, (1, 8, 8)), (1, 8, 8), id="multiscale-3"),
+    ]
 
 
 @torch.no_grad()
@@ -86,12 +92,16 @@ def kick(module: nn.Module, size: float = 0.2) -> nn.Module:
 
 def autograd_ladj(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """log|det ∂f/∂x| of each item, from the full Jacobian."""
-    jacobians = [torch.autograd.functional.jacobian(lambda v: f(v[None])[0], item) for item in x]
-    return torch.stack([torch.linalg.slogdet(j.reshape(x[0].numel(), -1))[1] for j in jacobians])
+    jacobians = [torch.autograd.functional.jacobian(lambda v: f(v[None])[0], item)
+                 for item in x]
+    return torch.stack([torch.linalg.slogdet(j.reshape(x[0].numel(), -1))[1]
+                        for j in jacobians])
 
 
 def law_error(layer: nn.Module, x: Tensor) -> float:
-    """Law 1: largest difference of ladj and autograd's, along the map and along its inverse."""
+    """Law 1: largest difference of ladj and autograd's, along the map
+    and along its inverse.
+    """
     y, ladj = layer(x)
     assert ladj.shape == (len(x),)
     forward = ladj - autograd_ladj(lambda v: layer(v)[0], x)
@@ -105,10 +115,10 @@ def log_prob(layer: bj.Bijection, x: Tensor) -> Tensor:
     return bj.standard_normal_log_prob(y) + ladj
 
 
-# law 1: ladj is autograd's log-determinant --------------------------------------------------------------------------
+# law 1: ladj is autograd's log-determinant --------------------------------------------
 
 @pytest.mark.parametrize(("make", "shape"), CASES)
-def test_ladj_is_autograds(make, shape):
+def test_ladj_equals_autograd_log_determinant(make, shape):
     torch.manual_seed(0)
     layer = kick(make()).to(F64)
     assert law_error(layer, torch.randn(2, *shape, dtype=F64)) < 1e-9
@@ -119,8 +129,10 @@ def test_ladj_reaches_every_parameter(make, shape):
     """A parameter that moves the density gets a gradient."""
     torch.manual_seed(0)
     layer = kick(make()).to(F64)
-    log_prob(layer, torch.randn(2, *shape, dtype=F64, requires_grad=True)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters() if p.numel())
+    log_prob(layer,
+             torch.randn(2, *shape, dtype=F64, requires_grad=True)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+               for p in layer.parameters() if p.numel())
 
 
 class ForgetsPixels(bj.InvertibleConv):
@@ -128,7 +140,7 @@ class ForgetsPixels(bj.InvertibleConv):
 
     def forward(self, x):
         y, ladj = super().forward(x)
-        return y, ladj / bj.pixels(x)
+        return y, ladj / bj.n_positions(x)
 
 
 class ForgetsScale(bj.AffineCoupling):
@@ -139,7 +151,7 @@ class ForgetsScale(bj.AffineCoupling):
         return y, x.new_full((len(x),), self.start * x[:, x.shape[1] // 2 :][0].numel())
 
 
-class WrongSign(bj.Whiten):
+class WrongSign(bj.ConditionalStandardize):
     """Whitening whose ladj has the wrong sign."""
 
     def forward(self, x):
@@ -153,8 +165,9 @@ def forgets_scale() -> bj.Bijection:
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: ForgetsPixels(4), forgets_scale, lambda: WrongSign(net((4, 2, 2), 2))])
-def test_the_law_catches_a_wrong_ladj_and_the_round_trip_does_not(make):
+@pytest.mark.parametrize("make", [lambda: ForgetsPixels(4), forgets_scale,
+                                  lambda: WrongSign(net((4, 2, 2), 2))])
+def test_wrong_ladj_fails_law_1_and_passes_the_round_trip(make):
     torch.manual_seed(0)
     layer, x = kick(make()).to(F64), torch.randn(2, 4, 2, 2, dtype=F64)
     assert (layer.inverse(layer(x)[0]) - x).abs().max() < 1e-10
@@ -162,15 +175,17 @@ def test_the_law_catches_a_wrong_ladj_and_the_round_trip_does_not(make):
 
 
 @pytest.mark.parametrize("make", [forgets_scale, lambda: WrongSign(net((4, 2, 2), 2))])
-def test_without_a_kick_a_wrong_ladj_passes(make):
+def test_wrong_ladj_passes_at_initial_parameters(make):
     torch.manual_seed(0)
-    assert law_error(make().to(F64), torch.randn(2, 4, 2, 2, dtype=F64)) < 1e-6  # float32 weights, hence the tolerance
+    # float32 weights, hence the tolerance
+    assert law_error(make().to(F64), torch.randn(2, 4, 2, 2, dtype=F64)) < 1e-6
 
 
-# law 2: the round trip ----------------------------------------------------------------------------------------------
+# law 2: the round trip ----------------------------------------------------------------
 
 @pytest.mark.parametrize(("make", "shape"), CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (F32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (F32, 1e-4)],
+                         ids=["float64", "float32"])
 def test_round_trip(make, shape, dtype, tolerance):
     torch.manual_seed(0)
     layer, x = kick(make()).to(dtype), torch.randn(16, *shape, dtype=dtype)
@@ -182,16 +197,18 @@ def test_round_trip(make, shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-def test_round_trip_after_the_data_dependent_start(dtype):
+def test_round_trip_after_data_dependent_initialisation(dtype):
     torch.manual_seed(0)
-    model, x = multiscale(3, (1, 16, 16)).to(dtype), 0.1 * torch.randn(32, 1, 16, 16, dtype=dtype)
-    bj.start_from_data(model, x)
+    model, x = (multiscale(3, (1, 16, 16)).to(dtype),
+                0.1 * torch.randn(32, 1, 16, 16, dtype=dtype))
+    bj.initialize_from_data(model, x)
     with torch.no_grad():
-        assert (model.inverse(model(x)[0]) - x).abs().max() <= (1e-10 if dtype == F64 else 1e-4)
+        assert (model.inverse(model(x)[0]) - x).abs().max() <= (
+            1e-10 if dtype == F64 else 1e-4)
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.5])
-def test_the_floor_bounds_what_an_inverse_magnifies(floor):
+def test_scale_floor_bounds_error_growth_of_the_inverse(floor):
     weightless = nn.Linear(1, 2, dtype=F64)
     nn.init.zeros_(weightless.weight)
     y, error = torch.randn(8, 2, dtype=F64), torch.tensor([0.0, 1e-3], dtype=F64)
@@ -202,11 +219,12 @@ def test_the_floor_bounds_what_an_inverse_magnifies(floor):
         assert 1 - 1e-9 <= growth <= 1 / floor + 1e-9
 
 
-# law 3: densities and samples ---------------------------------------------------------------------------------------
+# law 3: densities and samples ---------------------------------------------------------
 
 PLANE = [
-    pytest.param(lambda: bj.Chain(*(LAYERS["chain"]((2,)) for _ in range(2))), (2,), id="chain"),
-    pytest.param(lambda: bj.Whiten(mlp(1, 2)), (2,), id="whiten"),
+    pytest.param(lambda: bj.Chain(*(LAYERS["chain"]((2,)) for _ in range(2))), (2,),
+                 id="chain"),
+    pytest.param(lambda: bj.ConditionalStandardize(mlp(1, 2)), (2,), id="whiten"),
     pytest.param(lambda: bj.ActNorm(1), (1, 1, 2), id="actnorm-image"),
     pytest.param(lambda: bj.InvertibleConv(1, lu=False), (1, 1, 2), id="conv-image"),
 ]
@@ -219,13 +237,15 @@ def test_density_integrates_to_one_and_samples_follow_it(make, shape):
     t = ((torch.arange(bins * fine, dtype=F64) + 0.5) / (bins * fine) * 2 - 1) * reach
     with torch.no_grad():
         density = log_prob(layer, torch.cartesian_prod(t, t).view(-1, *shape)).exp()
-        mass = density.view(bins, fine, bins, fine).sum((1, 3)) * (2 * reach / (bins * fine)) ** 2
+        mass = density.view(bins, fine, bins,
+                            fine).sum((1, 3)) * (2 * reach / (bins * fine)) ** 2
         x = layer.inverse(torch.randn(n, *shape, dtype=F64)).view(n, 2)
     assert abs(mass.sum() - 1) < 1e-3
     counts = torch.histogramdd(x, [bins, bins], range=[-reach, reach] * 2).hist
     many = mass * n > 10
     chi = ((counts - mass * n) ** 2 / (mass * n))[many]
-    assert abs(chi.mean() - 1) < 5 * math.sqrt(2 / many.sum())  # five standard deviations of a mean of χ²₁
+    # five standard deviations of a mean of χ²₁
+    assert abs(chi.mean() - 1) < 5 * math.sqrt(2 / many.sum())
 
 
 def test_a_wrong_ladj_does_not_integrate_to_one():
@@ -233,7 +253,8 @@ def test_a_wrong_ladj_does_not_integrate_to_one():
     nn.init.constant_(layer.weight, 0.5)
     t = torch.linspace(-16, 16, 401, dtype=F64)
     with torch.no_grad():
-        total = log_prob(layer, torch.cartesian_prod(t, t).view(-1, 1, 1, 2)).exp().sum() * 0.08**2
+        total = (log_prob(layer, torch.cartesian_prod(t, t).view(-1, 1, 1, 2)).exp()
+                 .sum() * 0.08**2)
     assert abs(total - 2) < 1e-6
 
 
@@ -244,15 +265,15 @@ def test_standard_normal():
     assert bj.standard_normal_log_prob(z[:0]).shape == (0,)
 
 
-# the layers, one by one ---------------------------------------------------------------------------------------------
+# the layers, one by one ---------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 4)])
-def test_start_from_data_standardises(shape):
+def test_initialisation_from_data_standardises(shape):
     torch.manual_seed(0)
     model = bj.Chain(bj.ActNorm(3), bj.InvertibleConv(3), bj.ActNorm(3)).to(F64)
     scale = torch.tensor([30.0, 0.1, 1.0], dtype=F64).view(3, *[1] * (len(shape) - 1))
     x = scale * (torch.randn(400, *shape, dtype=F64) + 5)
-    bj.start_from_data(model, x)
+    bj.initialize_from_data(model, x)
     y = model(x)[0]
     dims = [0, *range(2, y.dim())]
     assert y.mean(dims).abs().max() < 1e-9
@@ -260,13 +281,14 @@ def test_start_from_data_standardises(shape):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_start_from_data_survives_a_constant_channel_and_an_error():
+def test_initialisation_with_constant_channel_and_after_error():
     layer = bj.ActNorm(2)
-    bj.start_from_data(layer, torch.ones(8, 2))
-    assert layer.log_scale.exp().max() <= 1001 and torch.equal(layer(torch.ones(8, 2))[0], torch.zeros(8, 2))
+    bj.initialize_from_data(layer, torch.ones(8, 2))
+    assert (layer.log_scale.exp().max() <= 1001
+            and torch.equal(layer(torch.ones(8, 2))[0], torch.zeros(8, 2)))
     broken = bj.Chain(bj.ActNorm(2), bj.Bijection())
     with pytest.raises(TypeError, match="no forward"):
-        bj.start_from_data(broken, torch.ones(8, 2))
+        bj.initialize_from_data(broken, torch.ones(8, 2))
     assert not any(m._forward_pre_hooks for m in broken.modules())
 
 
@@ -290,36 +312,40 @@ def test_convolution_starts_as_a_rotation(lu):
     assert layer(torch.randn(2, 6, 2, 2, dtype=F64))[1].abs().max() < 1e-4
 
 
-def test_lu_convolution_saves_what_it_needs():
+def test_lu_convolution_state_dict_is_complete():
     a, b = bj.InvertibleConv(5), bj.InvertibleConv(5)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.matrix(), b.matrix())
 
 
-def test_couplings_leave_the_first_half_alone_and_use_it():
+def test_couplings_keep_the_first_half_and_condition_on_it():
     torch.manual_seed(0)
     x = torch.randn(4, 5)
     for make in (LAYERS["additive"], LAYERS["affine"], LAYERS["whiten"]):
         layer = kick(make((5,)), 0.5)
         y = layer(x)[0]
-        assert torch.equal(y[:, :2], x[:, :2]) and not torch.allclose(y[:, 2:], x[:, 2:])
-    assert [h.shape[1] for h in bj.halves(x)] == [2, 3]
+        assert (torch.equal(y[:, :2], x[:, :2])
+                and not torch.allclose(y[:, 2:], x[:, 2:]))
+    assert [h.shape[1] for h in bj.split_channels(x)] == [2, 3]
 
 
 def test_start_of_an_affine_coupling():
     a = torch.zeros(1, 2)
     for floor, scale in ((0.0, 0.8808), (0.1, 0.8927)):
-        assert abs(bj.AffineCoupling(mlp(2, 4), floor).shift_scale(mlp(2, 4)(a))[1].mean() - scale) < 1e-4
+        assert abs(bj.AffineCoupling(mlp(2, 4), floor)
+                   .shift_scale(mlp(2, 4)(a))[1].mean() - scale) < 1e-4
 
 
 def test_whiten_is_a_split_prior():
     torch.manual_seed(0)
-    layer, x = kick(bj.Whiten(conv(2, 4)), 0.5).to(F64), torch.randn(3, 4, 2, 2, dtype=F64)
-    a, b = bj.halves(x)
+    layer, x = (kick(bj.ConditionalStandardize(conv(2, 4)), 0.5).to(F64),
+                torch.randn(3, 4, 2, 2, dtype=F64))
+    a, b = bj.split_channels(x)
     mean, log_std = layer.mean_logstd(layer.net(a))
     prior = torch.distributions.Normal(mean, log_std.exp()).log_prob(b).sum((1, 2, 3))
     y, ladj = layer(x)
-    assert torch.allclose(prior, bj.standard_normal_log_prob(bj.halves(y)[1]) + ladj)
+    assert torch.allclose(prior,
+                          bj.standard_normal_log_prob(bj.split_channels(y)[1]) + ladj)
     nn.init.constant_(layer.net[-1].bias, 1e6)
     assert layer.mean_logstd(layer.net(a))[1].abs().max() <= layer.bound
 
@@ -347,34 +373,37 @@ def test_multiscale_shapes(shape, shapes):
     assert [tuple(part.shape) for part in model.split(z)] == [(2, *s) for s in shapes]
 
 
-def test_multiscale_puts_the_coarsest_first():
+def test_multiscale_orders_latents_from_coarse_to_fine():
     model = bj.MultiScale([bj.Squeeze()] * 2, (1, 4, 4))
     x = torch.arange(16.0).view(1, 1, 4, 4)
     first = bj.Squeeze()(x)[0]
     fine, coarse = model.split(model(x)[0])
-    assert torch.equal(fine, first[:, 2:]) and torch.equal(coarse, bj.Squeeze()(first[:, :2])[0])
+    assert (torch.equal(fine, first[:, 2:])
+            and torch.equal(coarse, bj.Squeeze()(first[:, :2])[0]))
     assert torch.equal(model(x)[0][:, :8], coarse.flatten(1))
 
 
-@pytest.mark.parametrize(
-    ("size", "levels", "nearest"), [((28, 28), 3, "32×32"), ((8, 6), 2, "8×8"), ((5, 4), 1, "6×4")]
-)
-def test_multiscale_refuses_what_it_cannot_halve(size, levels, nearest):
+@pytest.mark.parametrize(("size", "levels", "nearest"), [
+    ((28, 28), 3, "32×32"), ((8, 6), 2, "8×8"), ((5, 4), 1, "6×4")])
+def test_multiscale_refuses_indivisible_sizes(size, levels, nearest):
     with pytest.raises(ValueError, match=f"given {size[0]}×{size[1]}.*{nearest}"):
         bj.MultiScale([bj.Squeeze()] * levels, (1, *size))
 
 
 def test_pixels_and_channels():
-    assert [bj.pixels(torch.zeros(2, 3, *s)) for s in ((), (5,), (4, 5))] == [1, 5, 20]
+    assert [bj.n_positions(torch.zeros(2, 3, *s)) for s in ((), (5,), (4, 5))] == [
+        1, 5, 20]
     assert bj.per_channel(torch.zeros(3), torch.zeros(2, 3, 4, 5)).shape == (1, 3, 1, 1)
 
 
-# grey levels and bits -----------------------------------------------------------------------------------------------
+# grey levels and bits -----------------------------------------------------------------
 
 @pytest.mark.parametrize("bins", [2, 32, 256])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_grey_levels_survive_dequantisation(bins, dtype):
-    """Each level, under noise from 0 to just below 1, comes back by rounding; at the middle exactly."""
+def test_quantize_inverts_dequantize(bins, dtype):
+    """Each level, under noise from 0 to just below 1, comes back by rounding;
+    at the middle exactly.
+    """
     levels = torch.arange(bins, dtype=dtype)
     x = levels / (bins - 1)
     for noise in (0.01, 0.25, 0.5, 0.75, 0.99):
@@ -392,25 +421,30 @@ def test_quantize_clamps():
 
 
 def test_bits_per_dim():
-    uniform = torch.tensor(-784 * math.log(256), dtype=F64)  # density 1 on the unit cube, minus dims·log(bins)
+    # density 1 on the unit cube, minus dims·log(bins)
+    uniform = torch.tensor(-784 * math.log(256), dtype=F64)
     assert math.isclose(bj.bits_per_dim(uniform, 784), 8, rel_tol=1e-12)
-    assert math.isclose(bj.bits_per_dim(torch.tensor(-math.log(2), dtype=F64), 1), 1, rel_tol=1e-12)
+    assert math.isclose(bj.bits_per_dim(torch.tensor(-math.log(2), dtype=F64), 1), 1,
+                        rel_tol=1e-12)
     assert bj.bits_per_dim(torch.zeros(3, 2), 5).shape == (3, 2)
 
 
 def test_dequantised_density_bounds_the_discrete_likelihood():
-    """Two levels, one dimension: the mass of each bin by quadrature is at least the exponential of the mean."""
+    """Two levels, one dimension: the mass of each bin by quadrature is at least the
+    exponential of the mean.
+    """
     noise = (torch.arange(4000, dtype=F64) + 0.5) / 4000
     normal = torch.distributions.Normal(torch.tensor(0.1, dtype=F64), 0.3)
     for x in (0.0, 1.0):
         v = bj.dequantize(torch.tensor(x, dtype=F64), noise, 2)
-        exact = (normal.cdf(torch.tensor(x / 2, dtype=F64)) - normal.cdf(torch.tensor(x / 2 - 0.5, dtype=F64))).log()
+        exact = (normal.cdf(torch.tensor(x / 2, dtype=F64))
+                 - normal.cdf(torch.tensor(x / 2 - 0.5, dtype=F64))).log()
         bound = normal.log_prob(v).mean() - math.log(2)
         assert abs((normal.log_prob(v).exp().mean() / 2).log() - exact) < 1e-6
         assert exact - 1 < bound < exact - 1e-3
 
 
-def test_a_bare_bijection_says_what_it_lacks():
+def test_unimplemented_bijection_methods_raise_type_error():
     with pytest.raises(TypeError, match="Bijection has no forward"):
         bj.Bijection()(torch.zeros(1, 2))
     with pytest.raises(TypeError, match="Bijection has no inverse"):

@@ -1,4 +1,6 @@
-"""Laws of CAGlow: its losses, the data-started encoder, who moves what, two stages, conditions of all kinds."""
+"""Laws of CAGlow: its losses, the data-started encoder, who moves what, two stages,
+conditions of all kinds.
+"""
 
 import math
 import warnings
@@ -8,19 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from condgen.contracts import Batch, Binary, Classes, Code, Noise, Real, Schema
-from condgen.models.caglow import (CAGlow, Encoder, PaperEncoder, Supervision, Trunk, discriminator_loss, encoder_loss,
-                                   feature_matching, membership, picture_scores)
+from condgen.conditions import Binary, Classes, Code, Real, Schema
+from condgen.contracts import Batch, Noise
+from condgen.models.caglow import CAGlow
+from condgen.models.caglow_networks import (
+    Encoder, PaperEncoder, SupervisionBlock, LatentFeatureExtractor, discriminator_loss,
+    encoder_loss, feature_matching, group_memberships, residual_pca_scores)
 from condgen.models.cglow import CGlow
 from condgen.models.glow import Glow
 from condgen.runs import load, save
-from condgen.training import allow, fit
+from condgen.trainer import set_trainable
+from condgen.training import fit
 
 SIZES = {"levels": 2, "depth": 1, "width": 8}
 SMALL = {**SIZES, "hidden": 32}
 BAR = Classes("bar", 3)
 CODED = (BAR, Code("u", 2))
-MANY = Schema([BAR, Binary("bold"), Real("light", 0, 10), Code("u", 2), Code("b", 1, "binary")])
+MANY = Schema([BAR, Binary("bold"), Real("light", 0, 10), Code("u", 2),
+               Code("b", 1, "binary")])
 
 
 def seeded(seed=0):
@@ -28,7 +35,9 @@ def seeded(seed=0):
 
 
 class Bars:
-    """A bright bar at one of three places, bold or not, on a ground of varying light."""
+    """A bright bar at one of three places, bold or not, on a
+    ground of varying light.
+    """
 
     name, sha256 = "bars", "0"
 
@@ -39,10 +48,12 @@ class Bars:
         n, g = {"train": 300, "val": 60, "test": 120}[split], seeded(len(split))
         values = {"bar": torch.arange(n) % 3, "bold": torch.rand(n, generator=g) < 0.5}
         values["light"] = 10 * torch.rand(n, generator=g)
-        x = 20 * torch.rand(n, 1, self.width, self.width, generator=g) + 4 * values["light"].view(-1, 1, 1, 1)
+        x = (20 * torch.rand(n, 1, self.width, self.width, generator=g)
+             + 4 * values["light"].view(-1, 1, 1, 1))
         for i in range(n):
             left = int(values["bar"][i]) * 3 * self.width // 8
-            x[i, 0, :, left : left + (2 if values["bold"][i] else 1) * self.width // 8] += 150
+            x[i, 0, :,
+              left : left + (2 if values["bold"][i] else 1) * self.width // 8] += 150
         asked = {name: values[name] for name in self.conditions.names}
         return {"x": x.round().to(torch.uint8), "c": self.conditions.pack(n, **asked)}
 
@@ -72,12 +83,14 @@ def on_flow(conditions=CODED, images=1_600, **options):
 def spoken(kind="uniform"):
     """A CAGlow whose codes have been learned, and its log."""
     count, weight = {"uniform": (2, 20.0), "binary": (1, 50.0)}[kind]
-    return on_flow((BAR, Code("u", count, kind)), images=16_000, weights={"De": weight}, hidden=128)[:2]
+    return on_flow((BAR, Code("u", count, kind)), images=16_000, weights={"De": weight},
+                   hidden=128)[:2]
 
 
 def places(x):
     """Where each image's bar is, by its brightest third."""
-    return torch.stack([x[..., left : left + 1].mean((1, 2, 3)) for left in (0, 3, 6)], 1).argmax(1)
+    return torch.stack([x[..., left : left + 1].mean((1, 2, 3)) for left in (0, 3, 6)],
+                       1).argmax(1)
 
 
 def game(model, n=64):
@@ -89,10 +102,12 @@ def game(model, n=64):
 # Losses
 
 
-def test_the_best_judge_measures_js():
+def test_optimal_discriminator_loss_is_js():
     """Eq. 11 on four latents: D* = p/(p+q), value 2 log 2 − 2 JS."""
-    p, q = torch.tensor([5.0, 2, 2, 1]).double() / 10, torch.tensor([1.0, 2, 3, 4]).double() / 10
-    real, fake = (torch.arange(4).repeat_interleave((10 * d).round().long()) for d in (p, q))
+    p, q = (torch.tensor([5.0, 2, 2, 1]).double() / 10,
+            torch.tensor([1.0, 2, 3, 4]).double() / 10)
+    real, fake = (torch.arange(4).repeat_interleave((10 * d).round().long())
+                  for d in (p, q))
     best = (p / q).log().requires_grad_()
     loss = discriminator_loss(best[real], best[fake])
     slope, = torch.autograd.grad(loss, best)
@@ -105,11 +120,14 @@ def test_the_best_judge_measures_js():
 def test_literal_eq_11_has_no_lower_bound():
     """Law 11."""
     real = torch.zeros(5)
-    falling = [discriminator_loss(real, torch.full((5,), -10.0**k), "literal").item() for k in range(7)]
-    bounded = [discriminator_loss(real, torch.full((5,), -10.0**k)).item() for k in range(7)]
+    falling = [discriminator_loss(real, torch.full((5,), -10.0**k), "literal").item()
+               for k in range(7)]
+    bounded = [discriminator_loss(real, torch.full((5,), -10.0**k)).item()
+               for k in range(7)]
     assert all(b < a for a, b in zip(falling, falling[1:])) and falling[-1] < -9e5
     assert min(bounded) >= 0
-    for form in ("literal", "corrected"):  # a judge of one batch, the encoder waits
+    # an evaluator of one batch, the encoder waits
+    for form in ("literal", "corrected"):
         model = build(networks="paper", form=form)
         player, batch = model.players(model.stages()[-1])[0], game(model)
         for group in player.optimizer.param_groups:
@@ -122,7 +140,7 @@ def test_literal_eq_11_has_no_lower_bound():
         assert loss < -20 if form == "literal" else loss >= 0
 
 
-def test_encoder_loss_pushes_hardest_where_it_is_seen_through():
+def test_encoder_loss_gradient_is_d_minus_one():
     """Eq. 10: the slope in the logit is −(1 − D)."""
     logits = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
     slope, = torch.autograd.grad(61 * encoder_loss(logits), logits)
@@ -133,12 +151,14 @@ def test_encoder_loss_pushes_hardest_where_it_is_seen_through():
 def test_membership():
     c = MANY.pack(2, bar=[0, 2], bold=[1, 0], light=[0, 7.5], u=[0.1, 0.2], b=1)
     expected = torch.tensor([[1, 0, 0, 1, 0, 0, 1], [0, 0, 1, 0, 1, 0.75, 0.25]])
-    assert torch.allclose(membership(MANY, c), expected)
-    assert membership(Schema(Code("u")), torch.zeros(3, 1)).tolist() == [[1]] * 3
+    assert torch.allclose(group_memberships(MANY, c), expected)
+    assert group_memberships(Schema(Code("u")), torch.zeros(3, 1)).tolist() == [[1]] * 3
 
 
-def test_matching_by_pair_charges_for_variety_and_class_means_do_not():
-    """Eq. 14: ½(bias² + v + v′) against ½(bias² + (v + v′)/m), each to five standard errors."""
+def test_variance_penalty_of_pair_and_class_mean_matching():
+    """Eq. 14: ½(bias² + v + v′) against ½(bias² + (v + v′)/m), each to
+    five standard errors.
+    """
     g, m, k, trials = seeded(), 16, 4, 3000
     ones = torch.ones(m, 1, dtype=torch.float64)
     for groups, shrink in ((None, 1), (ones, m)):
@@ -155,21 +175,28 @@ def test_matching_compares_group_with_group():
     groups = F.one_hot(torch.tensor([0, 0, 1, 1]), 3).float()  # the third is empty
     real, fake = torch.randn(2, 4, 5, generator=seeded())
     swapped = fake[[1, 0, 3, 2]]
-    assert torch.isclose(feature_matching(real, fake, groups), feature_matching(real, swapped, groups))
-    assert not torch.isclose(feature_matching(real, fake), feature_matching(real, swapped))
-    by_hand = sum(0.5 * (real[i : i + 2].mean(0) - fake[i : i + 2].mean(0)).square().mean() for i in (0, 2)) / 2
+    assert torch.isclose(feature_matching(real, fake, groups),
+                         feature_matching(real, swapped, groups))
+    assert not torch.isclose(feature_matching(real, fake),
+                             feature_matching(real, swapped))
+    by_hand = sum(0.5 * (real[i : i + 2].mean(0) - fake[i : i + 2].mean(0)).square()
+                      .mean() for i in (0, 2)) / 2
     assert torch.isclose(feature_matching(real, fake, groups), by_hand)
     features = real.clone().requires_grad_()
     assert not feature_matching(features, fake, groups).requires_grad
 
 
 def test_variance_given_the_condition_under_each_rule():
-    """An encoder that only matches loses its noise by pairs and keeps it by class means."""
+    """An encoder that only matches loses its noise by pairs and
+    keeps it by class means.
+    """
     only = {"E": 0.0, "D": 0.0, "C": 0.0, "De": 0.0, "FM": 100.0}
     spread = {}
     for matching in ("pair", "class_mean"):
-        model = on_flow(images=8_000, matching=matching, weights=only, networks="paper")[0]
-        f = model.supervision.trunk(model.sample_latent(300, 1.0, seeded(1), bar=1, u=[0.0, 0.0]))
+        model = on_flow(images=8_000, matching=matching, weights=only,
+                        networks="paper")[0]
+        f = model.supervision.trunk(model.sample_latent(300, 1.0, seeded(1), bar=1,
+                                                        u=[0.0, 0.0]))
         spread[matching] = f.std(0).mean().item()
     assert spread["pair"] < 0.85 * spread["class_mean"]
 
@@ -177,60 +204,74 @@ def test_variance_given_the_condition_under_each_rule():
 # Networks
 
 
-def test_start_from_matches_mean_and_covariance():
+def test_initialisation_matches_mean_and_covariance():
     g = seeded()
     c = F.one_hot(torch.arange(900) % 3, 3).float()
     turn = torch.randn(3, 5, 5, generator=g)
-    z = torch.einsum("ni,nij->nj", torch.randn(900, 5, generator=g), turn[torch.arange(900) % 3])
+    z = torch.einsum("ni,nij->nj", torch.randn(900, 5, generator=g),
+                     turn[torch.arange(900) % 3])
     z = z + c @ torch.randn(3, 5, generator=g)
     encoder = Encoder(Schema([BAR, Code("u", 2)]), 5, 8)
-    encoder.start_from(z, c)
+    encoder.initialize_from(z, c)
     for k in range(3):
         part, root = z[k::3], encoder.root[k]
         assert torch.allclose(encoder.mean[k], part.mean(0), atol=1e-4)
-        assert torch.allclose(root @ root, torch.cov(part.T), atol=1e-3) and torch.allclose(root, root.T, atol=1e-5)
-        asked = encoder(torch.cat([c[k].expand(4000, 3), torch.zeros(4000, 2)], 1), torch.randn(4000, 5, generator=g))
+        assert (torch.allclose(root @ root, torch.cov(part.T), atol=1e-3)
+                and torch.allclose(root, root.T, atol=1e-5))
+        asked = encoder(torch.cat([c[k].expand(4000, 3), torch.zeros(4000, 2)], 1),
+                        torch.randn(4000, 5, generator=g))
         assert torch.allclose(asked.mean(0), part.mean(0), atol=0.3)
-        assert (torch.cov(asked.T) - torch.cov(part.T)).norm() < 0.15 * torch.cov(part.T).norm()
+        assert ((torch.cov(asked.T) - torch.cov(part.T)).norm()
+                < 0.15 * torch.cov(part.T).norm())
 
 
 @pytest.mark.parametrize(
-    "conditions", [[Binary("bold")], [Real("light", 0, 10)], [Code("u", 2)], list(MANY), [BAR, Classes("k", 2)]],
+    "conditions", [[Binary("bold")], [Real("light", 0, 10)], [Code("u", 2)], list(MANY),
+                   [BAR, Classes("k", 2)]],
     ids=["binary", "real", "codes", "many", "two classes"],
-)  # fmt: skip
+)
 def test_the_gaussian_has_the_mean_of_each_condition(conditions):
     """Also where no one-hot column carries a constant."""
     schema, g = Schema(conditions), seeded()
     c = schema.supervised.draw(4000, lambda name, k: torch.rand(4000, k, generator=g))
-    z = 3 + c @ torch.randn(c.shape[1], 4, generator=g) + 0.1 * torch.randn(4000, 4, generator=g)
+    z = (3 + c @ torch.randn(c.shape[1], 4, generator=g)
+         + 0.1 * torch.randn(4000, 4, generator=g))
     encoder = Encoder(schema, 4, 8)
-    encoder.start_from(z, c)
+    encoder.initialize_from(z, c)
     codes = schema.codes.draw(4000, lambda name, k: torch.rand(4000, k, generator=g))
     written = encoder(torch.cat([c, codes], 1), torch.zeros(4000, 4))
     expected = z.mean(0).expand(4000, 4) if not schema.supervised else z
     assert (written - expected).abs().mean() < 0.1 and encoder.root.shape == (1, 4, 4)
 
 
-def test_codes_take_over_a_part_of_the_noise():
-    """The codes' axes and the root together have the covariance of each class; the first code moves along the first."""
+def test_codes_replace_a_part_of_the_noise():
+    """The codes' axes and the root together have the covariance of each class; the
+    first code moves along the first.
+    """
     g, k = seeded(), torch.arange(900) % 3
     c, s = F.one_hot(k, 3).float(), torch.randn(900, 2, generator=g)
-    s[:, 1] += 0.6 * s[:, 0]  # correlated scores are made uncorrelated, the first one first
-    z = s @ torch.randn(2, 5, generator=g) * (1 + k)[:, None] + 0.5 * torch.randn(900, 5, generator=g)
-    for code, low, high in ((Code("u", 2), -1.0, 1.0), (Code("b", 2, "binary"), 0.0, 1.0)):
+    # correlated scores are made uncorrelated, the first one first
+    s[:, 1] += 0.6 * s[:, 0]
+    z = (s @ torch.randn(2, 5, generator=g) * (1 + k)[:, None]
+         + 0.5 * torch.randn(900, 5, generator=g))
+    for code, low, high in ((Code("u", 2), -1.0, 1.0),
+                            (Code("b", 2, "binary"), 0.0, 1.0)):
         encoder = Encoder(Schema([BAR, code]), 5, 8)
-        encoder.start_from(z, c, s)
+        encoder.initialize_from(z, c, s)
         drawn = code.draw(100_000, lambda _, n: torch.rand(100_000, n, generator=g))
         assert (encoder.standardised(drawn).var(0) - 1).abs().max() < 0.02
         assert encoder.standardised(drawn).mean(0).abs().max() < 0.02
         for j in range(3):
             part, root, axes = z[j::3], encoder.root[j], encoder.axes[j]
-            assert torch.allclose(root @ root + axes.T @ axes, torch.cov(part.T), atol=1e-3)
+            assert torch.allclose(root @ root + axes.T @ axes, torch.cov(part.T),
+                                  atol=1e-3)
             first = s[j::3, 0] - s[j::3, 0].mean()
             slope = first @ (part - part.mean(0)) / first.square().sum()
             assert torch.allclose(axes[0], slope * first.std(), rtol=0.01, atol=0.01)
-            ends = [encoder(torch.cat([c[j], torch.tensor([u, (low + high) / 2])])[None], torch.zeros(1, 5))
-                    for u in (low, high)]
+            ends = [
+                encoder(torch.cat([c[j], torch.tensor([u, (low + high) / 2])])[None],
+                        torch.zeros(1, 5))
+                for u in (low, high)]
             width = 2 * 3**0.5 if code.kind == "uniform" else 2
             assert torch.allclose((ends[1] - ends[0])[0], width * axes[0], atol=1e-4)
 
@@ -240,63 +281,74 @@ def test_scores_are_principal_components_within_classes():
     k = torch.arange(600) % 3
     axes = torch.linalg.qr(torch.randn(48, 48, generator=g)).Q
     hidden = torch.randn(600, 2, generator=g) * torch.tensor([3.0, 1.5])
-    x = (hidden @ axes[:, :2].T + 0.2 * torch.randn(600, 48, generator=g)).view(600, 3, 4, 4)
+    x = (hidden @ axes[:, :2].T + 0.2 * torch.randn(600, 48, generator=g)).view(
+        600, 3, 4, 4)
     x = x + 20 * F.one_hot(k, 3).float()[:, :, None, None]
-    scores = picture_scores(x, F.one_hot(k, 3).float(), 2)
+    scores = residual_pca_scores(x, F.one_hot(k, 3).float(), 2)
     for j in range(2):
-        assert torch.corrcoef(torch.stack([scores[:, j], hidden[:, j]]))[0, 1].abs() > 0.97
+        assert torch.corrcoef(torch.stack([scores[:, j],
+                                           hidden[:, j]]))[0, 1].abs() > 0.97
     assert max(scores[k == j].mean(0).abs().max() for j in range(3)) < 0.3
-    assert torch.equal(picture_scores((x - x.min()).round().to(torch.uint8), F.one_hot(k, 3).float(), 2).sign()[:5, 0],
+    assert torch.equal(residual_pca_scores((x - x.min()).round().to(torch.uint8),
+                                           F.one_hot(k, 3).float(), 2).sign()[:5, 0],
                        scores.sign()[:5, 0])
     large = F.interpolate(x, scale_factor=8)
-    assert torch.allclose(picture_scores(large, F.one_hot(k, 3).float(), 2), scores * 4, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(residual_pca_scores(large, F.one_hot(k, 3).float(), 2),
+                          scores * 4, rtol=1e-3, atol=1e-2)
     with pytest.raises(ValueError, match="49 columns of codes; accepted: 48"):
-        picture_scores(x, F.one_hot(k, 3).float(), 49)
+        residual_pca_scores(x, F.one_hot(k, 3).float(), 49)
 
 
-def test_a_class_without_examples_keeps_the_identity():
+def test_class_without_examples_keeps_identity_covariance():
     c = F.one_hot(torch.arange(40) % 2, 3).float()
     encoder = Encoder(Schema(BAR), 4, 8)
-    encoder.start_from(torch.randn(40, 4, generator=seeded()), c)
-    assert torch.equal(encoder.root[2], torch.eye(4)) and encoder.mean[2].abs().max() < 1e-6
+    encoder.initialize_from(torch.randn(40, 4, generator=seeded()), c)
+    assert (torch.equal(encoder.root[2], torch.eye(4))
+            and encoder.mean[2].abs().max() < 1e-6)
     assert all(p.isfinite().all() for p in encoder.parameters())
 
 
-def test_trunk_reads_the_latent_as_the_flow_wrote_it():
+def test_trunk_splits_the_latent_into_levels_of_the_flow():
     """The first columns are the coarsest level, the last ones the finest."""
-    trunk = Trunk([(2, 16, 16), (4, 8, 8), (16, 4, 4)], 4, 6)
+    trunk = LatentFeatureExtractor([(2, 16, 16), (4, 8, 8), (16, 4, 4)], 4, 6)
     z = torch.randn(2, 1024, generator=seeded())
     seen = []
     trunk.convs[0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    assert trunk(z).shape == (2, 6) and torch.equal(seen[0], z[:, 512:].view(2, 2, 16, 16))
+    assert (trunk(z).shape == (2, 6)
+            and torch.equal(seen[0], z[:, 512:].view(2, 2, 16, 16)))
 
 
 def test_networks_of_the_paper_have_two_layers():
     for latent, written in (("all", 64), ("top", 32)):
         model = build(networks="paper", latent=latent, noise=5)
         assert isinstance(model.encoder, PaperEncoder) and model.written == written
-        weights = {name: tuple(p.shape) for name, p in model.supervision.named_parameters() if p.dim() > 1}
+        weights = {name: tuple(p.shape)
+                   for name, p in model.supervision.named_parameters() if p.dim() > 1}
         heads = {"real.weight": (1, 32), "c.weight": (3, 32), "u.weight": (2, 32)}
         assert weights == {"trunk.last.weight": (32, written), **heads}
-        assert [tuple(p.shape) for p in model.encoder.parameters() if p.dim() > 1] == [(32, 10), (written, 32)]
+        assert [tuple(p.shape) for p in model.encoder.parameters() if p.dim() > 1] == [
+            (32, 10), (written, 32)]
 
 
-@pytest.mark.parametrize("conditions", [[BAR], [Code("u", 2)]], ids=["no codes", "codes only"])
+@pytest.mark.parametrize("conditions", [[BAR], [Code("u", 2)]],
+                         ids=["no codes", "codes only"])
 def test_missing_heads_are_empty(conditions):
     schema = Schema(conditions)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        block = Supervision([(4, 4, 4)], schema, 8, True)
+        block = SupervisionBlock([(4, 4, 4)], schema, 8, True)
     _, real, c, u = block(torch.randn(5, 64))
-    assert real.shape == (5,) and (c.shape[1], u.shape[1]) == (schema.supervised.width, schema.codes.width)
+    assert (real.shape == (5,) and (c.shape[1], u.shape[1])
+            == (schema.supervised.width, schema.codes.width))
     assert all(p.numel() for p in block.parameters())
 
 
 # Stages and players
 
 
-@pytest.mark.parametrize("options", [{}, {"networks": "paper"}, {"latent": "top"}], ids=["large", "paper", "top"])
-def test_law_4_each_term_moves_exactly_its_parameters(options):
+@pytest.mark.parametrize("options", [{}, {"networks": "paper"}, {"latent": "top"}],
+                         ids=["large", "paper", "top"])
+def test_law_4_each_loss_term_updates_only_its_parameters(options):
     model = build(**options)
     with torch.no_grad():
         for p in model.parameters():
@@ -307,36 +359,41 @@ def test_law_4_each_term_moves_exactly_its_parameters(options):
     supervision, encoder = model.players(model.stages()[-1])
     batch = game(model)
     for player in (supervision, encoder):
-        allow(model, player)
+        set_trainable(model, player)
         for term, (_, value) in player.loss(batch).items():
             model.zero_grad(set_to_none=True)
             value.backward(retain_graph=True)
-            moved = {id(p) for p in model.parameters() if p.grad is not None and p.grad.any()}
-            own = [*shared, *heads[term].parameters()] if player is supervision else list(model.encoder.parameters())
+            moved = {id(p)
+                     for p in model.parameters() if p.grad is not None and p.grad.any()}
+            own = ([*shared, *heads[term].parameters()] if player is supervision
+                   else list(model.encoder.parameters()))
             assert moved == {id(p) for p in own}, (player.name, term)
 
 
-def test_law_4_the_frozen_flow_does_not_move_by_a_bit():
+def test_law_4_frozen_flow_is_unchanged_bit_for_bit():
     model = build()
     fit(model, Bars(), images={"flow": 320, "adversarial": 80}, progress=False)
     again = CAGlow.from_glow(flow(), model.conditions, hidden=32)
     before = {name: t.clone() for name, t in again.glow.state_dict().items()}
     fit(again, Bars(), images=800, progress=False)
-    assert all(torch.equal(t, before[name]) for name, t in again.glow.state_dict().items())
+    assert all(torch.equal(t, before[name])
+               for name, t in again.glow.state_dict().items())
     assert all(torch.equal(t, flow().state_dict()[name]) for name, t in before.items())
 
 
-def test_stage_1_moves_the_flow_only():
+def test_stage_1_updates_the_flow_only():
     model = build()
     before = {name: p.clone() for name, p in model.named_parameters()}
     stage, = [s for s in model.stages() if s.name == "flow"]
     own = {id(p) for player in stage.players(stage) for p in player.params}
     assert own == {id(p) for p in model.glow.parameters()}
-    fit(model, Bars(), images={"flow": 640, "adversarial": 80}, budget=0, progress=False)  # stops within stage 1
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not name.startswith("glow."))
+    fit(model, Bars(), images={"flow": 640, "adversarial": 80}, budget=0,
+        progress=False)  # stops within stage 1
+    assert all(torch.equal(p, before[name])
+               for name, p in model.named_parameters() if not name.startswith("glow."))
 
 
-def test_on_a_trained_glow_the_result_is_that_of_both_stages():
+def test_from_glow_gives_the_result_of_both_stages():
     whole = build()
     fit(whole, Bars(), images={"flow": 320, "adversarial": 320}, progress=False)
     torch.manual_seed(0)
@@ -349,48 +406,53 @@ def test_on_a_trained_glow_the_result_is_that_of_both_stages():
     assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_from_glow_wants_a_plain_glow():
+def test_from_glow_refuses_other_models():
     with pytest.raises(ValueError, match="the flow is a CGlow; accepted: a Glow"):
         CAGlow.from_glow(CGlow((1, 8, 8), [BAR], **SIZES), [BAR])
     with pytest.raises(TypeError, match="levels"):
         CAGlow.from_glow(flow(), [BAR], levels=3)
 
 
-def test_law_5_interrupted_is_uninterrupted(tmp_path):
+def test_law_5_resumed_run_equals_uninterrupted_run(tmp_path):
     lengths = {"flow": 320, "adversarial": 320}
     whole, parts = build(), build()
     fit(whole, Bars(), tmp_path / "a", images=lengths, progress=False)
     stops = 0
-    while not fit(parts, Bars(), tmp_path / "b", images=lengths, budget=0, progress=False).finished:
+    while not fit(parts, Bars(), tmp_path / "b", images=lengths, budget=0,
+                  progress=False).finished:
         parts, stops = build(), stops + 1
     a, b = whole.state_dict(), parts.state_dict()
     assert stops >= 5 and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_law_6_loaded_draws_the_same(tmp_path):
+def test_law_6_loaded_model_gives_the_same_samples(tmp_path):
     model = on_flow(images=160)[0]
     save(model, tmp_path)
     again = load(tmp_path)
-    assert torch.equal(model.sample(8, generator=seeded(), bar=1), again.sample(8, generator=seeded(), bar=1))
+    assert torch.equal(model.sample(8, generator=seeded(), bar=1),
+                       again.sample(8, generator=seeded(), bar=1))
 
 
 def test_latents_are_those_of_the_frozen_flow():
     model = on_flow(images=80)[0]
     table = Bars().table("train")
     found = model.latents(table)
-    assert found["z"].shape == (1200, 64) and torch.equal(found["c"], table["c"].repeat(4, 1)) and "x" not in found
+    assert (found["z"].shape == (1200, 64)
+            and torch.equal(found["c"], table["c"].repeat(4, 1)) and "x" not in found)
     exact = flow().encode(table["x"].float() / 255)
     assert torch.allclose(found["z"].view(4, 300, 64).mean(0), exact, atol=1.0)
     same = model.latents({"x": table["x"].float() / 255, "c": table["c"]})
-    assert torch.equal(same["z"], found["z"]) and torch.allclose(same["scores"], found["scores"])
-    assert found["scores"].shape == (1200, 2) and torch.equal(found["scores"][:300], found["scores"][300:600])
+    assert (torch.equal(same["z"], found["z"])
+            and torch.allclose(same["scores"], found["scores"]))
+    assert (found["scores"].shape == (1200, 2)
+            and torch.equal(found["scores"][:300], found["scores"][300:600]))
 
 
 # Conditions
 
 
 @pytest.mark.parametrize("kind", ["uniform", "binary"])
-def test_codes_are_learned_and_can_be_read(kind):
+def test_codes_are_predicted_after_training(kind):
     model, log = spoken(kind)
     assert log[-1]["encoder.De_u"] < 0.6 * log[0]["encoder.De_u"]
     n, g = 1000, seeded(1)
@@ -401,41 +463,50 @@ def test_codes_are_learned_and_can_be_read(kind):
         assert torch.corrcoef(torch.stack([u[:, k], answers[:, k]]))[0, 1] > 0.6
 
 
-def test_law_7_conditions_act_and_noise_does_too():
+def test_law_7_samples_depend_on_conditions_and_noise():
     model = spoken()[0]
     for k in range(3):
         x = model.sample(100, temperature=0.7, generator=seeded(2), bar=k)
         assert (places(x) == k).float().mean() > 0.9
-    left, right = (model.sample(50, generator=seeded(3), u=[v, 0.0], bar=1) for v in (-1.0, 1.0))
+    left, right = (model.sample(50, generator=seeded(3), u=[v, 0.0], bar=1)
+                   for v in (-1.0, 1.0))
     assert (left - right).abs().mean() > 1e-3
-    assert model.sample(50, generator=seeded(3), u=[0.0, 0.0], bar=1).std(0).mean() > 1e-2
+    assert model.sample(50, generator=seeded(3), u=[0.0, 0.0],
+                        bar=1).std(0).mean() > 1e-2
 
 
 def test_several_conditions_at_once():
     model, log, bars = on_flow(MANY, images=8_000)
-    assert {"encoder.C_bar", "encoder.C_bold", "encoder.C_light", "encoder.De_u", "encoder.De_b"} <= set(log[-1])
-    x = model.sample(60, generator=seeded(), bar=[0, 1, 2] * 20, bold=1, light=5.0, u=[0.0, 0.5], b=1)
+    assert {"encoder.C_bar", "encoder.C_bold", "encoder.C_light", "encoder.De_u",
+            "encoder.De_b"} <= set(log[-1])
+    x = model.sample(60, generator=seeded(), bar=[0, 1, 2] * 20, bold=1, light=5.0,
+                     u=[0.0, 0.5], b=1)
     assert (places(x) == torch.arange(60) % 3).float().mean() > 0.8
-    dark, bright = (model.sample(60, generator=seeded(), bar=0, bold=0, light=v)[..., 5:].mean() for v in (0.0, 10.0))
-    thin, bold = (model.sample(60, generator=seeded(), bar=0, bold=v, light=5.0)[..., 1].mean() for v in (0, 1))
+    dark, bright = (model.sample(60, generator=seeded(), bar=0, bold=0,
+                                 light=v)[..., 5:].mean() for v in (0.0, 10.0))
+    thin, bold = (model.sample(60, generator=seeded(), bar=0, bold=v,
+                               light=5.0)[..., 1].mean() for v in (0, 1))
     assert bright > dark + 0.05 and bold > thin + 0.1
     assert model.sample(3, bold=1).shape == (3, 1, 8, 8)
 
 
-def test_codes_alone():
+def test_codes_without_supervised_conditions():
     model, log, _ = on_flow([Code("u", 2)], images=1_600)
-    assert not any("C_" in name for name in log[-1]) and math.isfinite(log[-1]["encoder.FM"])
+    assert (not any("C_" in name for name in log[-1])
+            and math.isfinite(log[-1]["encoder.FM"]))
     assert model.sample(4, u=[0.5, -0.5]).shape == (4, 1, 8, 8)
 
 
 def test_no_codes():
     model, log, _ = on_flow([BAR], images=800)
-    assert not any("De_" in name for name in log[-1]) and model.sample(4, bar=2).shape == (4, 1, 8, 8)
+    assert (not any("De_" in name for name in log[-1])
+            and model.sample(4, bar=2).shape == (4, 1, 8, 8))
 
 
-def test_the_top_alone_leaves_lower_levels_to_noise():
+def test_latent_top_leaves_lower_levels_to_noise():
     model = on_flow(images=800, latent="top")[0]
-    z = [model.sample_latent(200, 1.0, seeded(4), bar=k, u=[0.0, 0.0]) for k in range(2)]
+    z = [model.sample_latent(200, 1.0, seeded(4), bar=k, u=[0.0, 0.0])
+         for k in range(2)]
     assert model.written == 32 and torch.equal(z[0][:, 32:], z[1][:, 32:])
     assert not torch.allclose(z[0][:, :32], z[1][:, :32])
     assert abs(z[0][:, 32:].mean()) < 0.1 and abs(z[0][:, 32:].std() - 1) < 0.1
@@ -444,33 +515,41 @@ def test_the_top_alone_leaves_lower_levels_to_noise():
 def test_forms_of_a_condition():
     model = spoken()[0]
     rest = {"u": [0.0, 0.0]}
-    draw = lambda **values: model.sample(4, generator=seeded(5), **values, **rest)  # noqa: E731
+    draw = lambda **values: model.sample(4, generator=seeded(5), **values,  # noqa: E731
+                                         **rest)
     scalar = draw(bar=2)
-    assert torch.equal(scalar, draw(bar=[2] * 4)) and torch.equal(scalar, draw(bar=[0.0, 0.0, 1.0]))
-    mixed = [model.sample_latent(4, 1.0, seeded(5), bar=bar, **rest) for bar in (0, 1, [0.5, 0.5, 0.0])]
+    assert (torch.equal(scalar, draw(bar=[2] * 4))
+            and torch.equal(scalar, draw(bar=[0.0, 0.0, 1.0])))
+    mixed = [model.sample_latent(4, 1.0, seeded(5), bar=bar, **rest)
+             for bar in (0, 1, [0.5, 0.5, 0.0])]
     c = model.conditions.pack(4, bar=[0.5, 0.5, 0.0], **rest)
     eps = torch.randn(4, 64, generator=seeded())
-    ends = [model.encoder.gaussian(model.conditions.pack(4, bar=k, **rest), eps) for k in (0, 1)]
-    assert torch.allclose(model.encoder.gaussian(c, eps), (ends[0] + ends[1]) / 2, atol=1e-5)
+    ends = [model.encoder.gaussian(model.conditions.pack(4, bar=k, **rest), eps)
+            for k in (0, 1)]
+    assert torch.allclose(model.encoder.gaussian(c, eps), (ends[0] + ends[1]) / 2,
+                          atol=1e-5)
     assert not torch.equal(mixed[2], mixed[0])
     drawn = model.condition(3000, seeded())[:, :3]
     assert (drawn.mean(0) - 1 / 3).abs().max() < 0.05  # from training rows
 
 
-def test_sampling_is_reproducible_and_cold_samples_are_equal():
+def test_sampling_is_reproducible_and_constant_at_temperature_0():
     model = spoken()[0]
-    assert torch.equal(model.sample(5, generator=seeded(6)), model.sample(5, generator=seeded(6)))
-    assert not torch.equal(model.sample(5, generator=seeded(6)), model.sample(5, generator=seeded(7)))
+    assert torch.equal(model.sample(5, generator=seeded(6)),
+                       model.sample(5, generator=seeded(6)))
+    assert not torch.equal(model.sample(5, generator=seeded(6)),
+                           model.sample(5, generator=seeded(7)))
     cold = model.sample(5, temperature=0.0, bar=1, u=[0.3, 0.3])
     assert torch.allclose(cold, cold[:1].expand_as(cold), atol=1e-6)
 
 
-def test_verbs_of_the_flow():
+def test_flow_methods_equal_those_of_glow():
     model, x = spoken()[0], Bars().table("test")["x"][:9].float() / 255
     assert torch.equal(model.log_prob(x, seeded()), flow().log_prob(x, seeded()))
     assert torch.equal(model.encode(x), flow().encode(x))
     assert (model.decode(model.encode(x)) - x).abs().max() < 1e-4
-    assert torch.equal(model.interpolate(x[0], x[1], 4), flow().interpolate(x[0], x[1], 4))
+    assert torch.equal(model.interpolate(x[0], x[1], 4),
+                       flow().interpolate(x[0], x[1], 4))
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -478,20 +557,22 @@ def test_verbs_of_the_flow():
     ({"matching": "pairs"}, "did you mean 'pair'"),
     ({"networks": "larg"}, "did you mean 'large'"),
     ({"form": "litteral"}, "did you mean 'literal'"),
-    ({"weights": {"Dee": 1.0}}, "weight of loss 'Dee'; accepted: E, D, C, De, FM; did you mean 'De'"),
+    ({"weights": {"Dee": 1.0}},
+     "weight of loss 'Dee'; accepted: E, D, C, De, FM; did you mean 'De'"),
     ({"conditions": []}, "one or more conditions or codes"),
     ({"coupling": "afine"}, "did you mean 'affine'"),
-    ({"levels": 4}, "accepted: sides divisible by 16"),
-])  # fmt: skip
-def test_what_is_not_accepted(options, message):
+    ({"levels": 4}, "accepted: sides divisible by 16")])
+def test_constructor_refuses_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         CAGlow(**{"shape": (1, 8, 8), "conditions": [BAR], **SMALL, **options})
 
 
-def test_what_is_no_temperature_is_refused():
+def test_invalid_temperatures_are_refused():
     model = CAGlow((1, 8, 8), [BAR], **SMALL)
     for t in (-1, float("nan"), None, "warm"):
-        with pytest.raises(ValueError, match="temperature=.*accepted: a number from 0 to 10"):
+        with pytest.raises(ValueError,
+                           match="temperature=.*accepted: a number from 0 to 10"):
             model.sample(2, temperature=t)
-    with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar, u; did you mean 'bar'"):
+    with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar, u; "
+                           "did you mean 'bar'"):
         build().sample(2, bars=1)

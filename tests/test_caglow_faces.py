@@ -1,4 +1,6 @@
-"""Laws of CAGlow's networks for faces: shapes of the paper, which columns are embedded, who moves what, verbs."""
+"""Laws of CAGlow's networks for faces: shapes of the paper, which columns are
+embedded, who moves what, verbs.
+"""
 
 import math
 from functools import cache
@@ -7,16 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from condgen.contracts import Batch, Binary, Classes, Code, Noise, Real, Schema
-from condgen.models.caglow import CAGlow, Supervision
-from condgen.models.caglow_faces import CAGlowFaces, FaceEncoder, FaceSupervision, quartered
+from condgen.conditions import Binary, Classes, Code, Real, Schema
+from condgen.contracts import Batch, Noise
+from condgen.models.caglow import CAGlow
+from condgen.models.caglow_networks import SupervisionBlock
+from condgen.models.caglow_faces import (CAGlowFaces, FaceEncoder, FaceSupervisionBlock,
+                                         quarter_size)
 from condgen.models.glow import Glow, glow_flow
 from condgen.runs import load, save
-from condgen.training import allow, fit
+from condgen.trainer import set_trainable
+from condgen.training import fit
 
 SIZES = {"levels": 2, "depth": 1, "width": 8}
 WHO, HAT = Classes("identity", 3), Binary("hat")
-MANY = Schema([HAT, WHO, Real("age", 0, 80), Classes("hair", 2), Code("u", 2), Code("b", 1, "binary")])
+MANY = Schema([HAT, WHO, Real("age", 0, 80), Classes("hair", 2), Code("u", 2),
+               Code("b", 1, "binary")])
 
 
 def seeded(seed=0):
@@ -29,7 +36,8 @@ def build(conditions=(WHO, HAT), shape=(3, 16, 16), cls=CAGlowFaces, **options):
 
 
 def conditions_of(schema, n, seed=0):
-    return schema.draw(n, lambda name, k: torch.rand(n, k, generator=seeded(seed + len(name))))
+    return schema.draw(
+        n, lambda name, k: torch.rand(n, k, generator=seeded(seed + len(name))))
 
 
 class Squares:
@@ -45,19 +53,22 @@ class Squares:
         for i in range(n):
             top = 2 if hat[i] else 9
             x[i, int(who[i]), top : top + 5, 4:12] += 180
-        return {"x": x.round().to(torch.uint8), "c": self.conditions.pack(n, identity=who, hat=hat)}
+        return {"x": x.round().to(torch.uint8),
+                "c": self.conditions.pack(n, identity=who, hat=hat)}
 
 
 def read(x):
     """Colour and height of the patches of images."""
-    return x.mean((2, 3)).argmax(1), x[:, :, :8].mean((1, 2, 3)) > x[:, :, 8:].mean((1, 2, 3))
+    return (x.mean((2, 3)).argmax(1),
+            x[:, :, :8].mean((1, 2, 3)) > x[:, :, 8:].mean((1, 2, 3)))
 
 
 @cache
 def trained():
     """A small model of both stages, and its log."""
     model = build()
-    log = fit(model, Squares(), images={"flow": 1_920, "adversarial": 2_400}, progress=False).log
+    log = fit(model, Squares(), images={"flow": 1_920, "adversarial": 2_400},
+              progress=False).log
     return model, [row for row in log if row["stage"] == "adversarial"]
 
 
@@ -65,33 +76,42 @@ def trained():
 
 
 def test_only_three_levels_have_a_top_of_48_channels():
-    tops = {n: glow_flow((3, 64, 64), n, depth=1, width=1).shapes[-1] for n in range(1, 6)}
-    assert [n for n, top in tops.items() if top[0] == 48] == [3] and tops[3] == (48, 8, 8)
+    tops = {n: glow_flow((3, 64, 64), n, depth=1, width=1).shapes[-1]
+            for n in range(1, 6)}
+    assert ([n for n, top in tops.items() if top[0] == 48] == [3]
+            and tops[3] == (48, 8, 8))
     assert all(top == (3 * 2 ** (n + 1), 64 >> n, 64 >> n) for n, top in tops.items())
 
 
 def test_encoder_is_the_paper_s_at_64_pixels():
-    schema, maps = Schema([Classes("identity", 200), *[Binary(f"a{k}") for k in range(40)]]), []
+    schema, maps = Schema([Classes("identity", 200),
+                           *[Binary(f"a{k}") for k in range(40)]]), []
     encoder = FaceEncoder(schema, (48, 8, 8))
     for layer in encoder.layers:
         if isinstance(layer, nn.ConvTranspose2d):
-            note = lambda layer, x, y: maps.append((layer.stride[0], *x[0].shape[1:], *y.shape[1:]))
+            note = lambda layer, x, y: maps.append((layer.stride[0], *x[0].shape[1:],
+                                                    *y.shape[1:]))
             layer.register_forward_hook(note)
     assert encoder(conditions_of(schema, 2), torch.randn(2, 128)).shape == (2, 3072)
-    assert maps == [(2, 512, 2, 2, 128, 4, 4), (2, 128, 4, 4, 512, 8, 8), (1, 512, 8, 8, 48, 8, 8)]
-    by_hand = 200 * 128 + (128 + 40 + 128 + 1) * 2048 + (512 * 16 + 1) * 128 + (128 * 16 + 1) * 512 + (512 * 9 + 1) * 48
+    assert maps == [(2, 512, 2, 2, 128, 4, 4), (2, 128, 4, 4, 512, 8, 8),
+                    (1, 512, 8, 8, 48, 8, 8)]
+    by_hand = (200 * 128 + (128 + 40 + 128 + 1) * 2048 + (512 * 16 + 1) * 128
+               + (128 * 16 + 1) * 512 + (512 * 9 + 1) * 48)
     assert sum(q.numel() for q in encoder.parameters()) == by_hand
 
 
 @pytest.mark.parametrize("shape", [(24, 4, 4), (4, 8, 4), (7, 12, 8)])
 def test_networks_fit_every_top_whose_sides_are_divisible_by_4(shape):
-    encoder, block = FaceEncoder(MANY, shape, noise=5), FaceSupervision(shape, MANY)
+    encoder, block = (FaceEncoder(MANY, shape, noise=5),
+                      FaceSupervisionBlock(shape, MANY))
     z = encoder(conditions_of(MANY, 3), torch.randn(3, 5))
     answers = block(z)
-    h, w = quartered(shape)
+    h, w = quarter_size(shape)
     assert z.shape == (3, math.prod(shape)) and (h, w) == (shape[1] // 4, shape[2] // 4)
-    assert [tuple(part.shape) for part in answers] == [(3, 128 * h * w), (3,), (3, 7), (3, 3)]
-    assert torch.equal(answers[0], block.trunk(z)) and isinstance(block, Supervision)
+    assert [tuple(part.shape) for part in answers] == [(3, 128 * h * w), (3,), (3, 7),
+                                                       (3, 3)]
+    assert (torch.equal(answers[0], block.trunk(z))
+            and isinstance(block, SupervisionBlock))
 
 
 def test_one_hot_columns_are_embedded_and_no_others():
@@ -105,7 +125,7 @@ def test_one_hot_columns_are_embedded_and_no_others():
 
 
 @pytest.mark.parametrize("shape", [(48, 8, 8), (48, 4, 4), (12, 16, 8)])
-def test_a_fresh_encoder_writes_variance_1(shape):
+def test_initial_encoder_output_has_variance_1(shape):
     torch.manual_seed(0)
     encoder = FaceEncoder(Schema(Classes("identity", 100)), shape)
     with torch.no_grad():
@@ -113,27 +133,30 @@ def test_a_fresh_encoder_writes_variance_1(shape):
     assert 0.7 < z.square().mean() < 1.5  # PyTorch's own start gives less than 0.01
 
 
-@pytest.mark.parametrize("schema", [Schema([HAT, Code("u", 1)]), Schema(Code("u", 2)), Schema(Real("age", 0, 1))])
+@pytest.mark.parametrize("schema", [Schema([HAT, Code("u", 1)]), Schema(Code("u", 2)),
+                                    Schema(Real("age", 0, 1))])
 def test_without_classes_nothing_is_embedded(schema):
     encoder = FaceEncoder(schema, (4, 4, 4), noise=3)
     assert encoder.embed is None and encoder.layers[0].in_features == schema.width + 3
     assert encoder(conditions_of(schema, 2), torch.randn(2, 3)).shape == (2, 64)
 
 
-def test_probabilities_are_embedded_at_the_mean_of_the_people():
+def test_probabilities_are_embedded_as_mean_of_identities():
     model = build([WHO])
     eps = torch.zeros(1, 16)
-    a, b, half = (model.encoder.embed(model.conditions.pack(1, identity=v)) for v in (0, 2, [0.5, 0.0, 0.5]))
+    a, b, half = (model.encoder.embed(model.conditions.pack(1, identity=v))
+                  for v in (0, 2, [0.5, 0.0, 0.5]))
     assert torch.allclose(half, (a + b) / 2, atol=1e-6)
     assert not torch.allclose(model.encoder(model.conditions.pack(1, identity=0), eps),
                               model.encoder(model.conditions.pack(1, identity=2), eps))
 
 
 @pytest.mark.parametrize("noise", [3, 11])
-def test_what_it_writes_for_a_condition_has_the_dimensions_of_its_noise(noise):
+def test_encoder_output_rank_equals_noise_dimension(noise):
     torch.manual_seed(0)
     encoder = FaceEncoder(Schema(WHO), (6, 4, 4), noise=noise).double()
-    c, eps = torch.eye(3, dtype=torch.float64)[:1], torch.randn(noise, dtype=torch.float64)
+    c, eps = (torch.eye(3, dtype=torch.float64)[:1],
+              torch.randn(noise, dtype=torch.float64))
     slope = torch.func.jacrev(lambda e: encoder(c, e[None])[0])(eps)
     assert slope.shape == (96, noise) and torch.linalg.matrix_rank(slope) == noise
 
@@ -141,42 +164,51 @@ def test_what_it_writes_for_a_condition_has_the_dimensions_of_its_noise(noise):
 # The model
 
 
-@pytest.mark.parametrize(("shape", "levels"), [((1, 28, 28), 2), ((3, 32, 16), 3), ((1, 8, 8), 2)])
+@pytest.mark.parametrize(("shape", "levels"),
+                         [((1, 28, 28), 2), ((3, 32, 16), 3), ((1, 8, 8), 2)])
 def test_other_sides_are_refused(shape, levels):
-    with pytest.raises(ValueError, match=r"accepted: sides divisible by 4.*fewer levels"):
+    with pytest.raises(ValueError,
+                       match=r"accepted: sides divisible by 4.*fewer levels"):
         build(shape=shape, levels=levels)
 
 
-def test_it_is_a_caglow_of_the_top():
+def test_model_generates_the_top_latent():
     model = build(MANY, shape=(1, 16, 32))
-    assert isinstance(model, CAGlow) and model.written == model.glow.top == math.prod(model.glow.flow.shapes[-1])
-    assert model.glow.flow.shapes[-1] == (8, 4, 8) and not hasattr(model.encoder, "start_from")
+    assert (isinstance(model, CAGlow) and model.written == model.glow.top
+            == math.prod(model.glow.flow.shapes[-1]))
+    assert (model.glow.flow.shapes[-1] == (8, 4, 8)
+            and not hasattr(model.encoder, "initialize_from"))
     x = model.sample(2, identity=[1, 2], hat=0, age=30, hair=1, u=[0.5, 0.5], b=0)
     assert x.shape == (2, 1, 16, 32) and 0 <= x.min() and x.max() <= 1
     with pytest.raises(ValueError, match="did you mean 'De'"):
         build(weights={"Dee": 1.0})
 
 
-@pytest.mark.parametrize("schema", [MANY, Schema([WHO, HAT]), Schema(Code("u", 2))], ids=["many", "known", "codes"])
-def test_law_4_each_term_moves_exactly_its_parameters(schema):
+@pytest.mark.parametrize("schema", [MANY, Schema([WHO, HAT]), Schema(Code("u", 2))],
+                         ids=["many", "known", "codes"])
+def test_law_4_each_loss_term_updates_only_its_parameters(schema):
     model = build(schema)
-    parts = {"flow": model.glow, "E": model.encoder, "trunk": model.supervision.trunk, "D": model.supervision.real,
+    parts = {"flow": model.glow, "E": model.encoder, "trunk": model.supervision.trunk,
+             "D": model.supervision.real,
              "C": model.supervision.c, "De": model.supervision.u}
     parts = {name: part for name, part in parts.items() if part is not None}
-    table = {"z": torch.randn(12, 768, generator=seeded()), "c": conditions_of(schema.supervised, 12)}
+    table = {"z": torch.randn(12, 768, generator=seeded()),
+             "c": conditions_of(schema.supervised, 12)}
     batch = Batch(table, Noise((0,), slice(None), 12))
     for player in model.players(model.stages()[-1]):
-        allow(model, player)
+        set_trainable(model, player)
         for term, (_, value) in player.loss(batch).items():
             model.zero_grad(set_to_none=True)
             value.backward(retain_graph=True)
-            moved = {name for name, part in parts.items() if any(q.grad is not None for q in part.parameters())}
+            moved = {name for name, part in parts.items()
+                     if any(q.grad is not None for q in part.parameters())}
             head = term.split("_")[0]
             assert moved == ({"E"} if player.name == "encoder" else {"trunk", head})
-            assert all(q.grad.any() for name in moved - {"C", "De"} for q in parts[name].parameters())
+            assert all(q.grad.any() for name in moved - {"C", "De"}
+                       for q in parts[name].parameters())
 
 
-def test_on_a_trained_glow_only_stage_2_is_left_and_the_flow_stands_still():
+def test_from_glow_trains_stage_2_only_and_keeps_the_flow():
     torch.manual_seed(0)
     flow = Glow((3, 16, 16), **SIZES)
     fit(flow, Squares(), images=320, progress=False)
@@ -186,40 +218,49 @@ def test_on_a_trained_glow_only_stage_2_is_left_and_the_flow_stands_still():
     start = {name: t.clone() for name, t in model.encoder.state_dict().items()}
     assert [stage.name for stage in model.stages()] == ["adversarial"]
     fit(model, Squares(), images=160, progress=False)
-    assert all(torch.equal(t, model.glow.state_dict()[name]) for name, t in before.items())
-    assert not any(torch.equal(t, model.encoder.state_dict()[name]) for name, t in start.items())
+    assert all(torch.equal(t, model.glow.state_dict()[name])
+               for name, t in before.items())
+    assert not any(torch.equal(t, model.encoder.state_dict()[name])
+                   for name, t in start.items())
 
 
-def test_law_6_loaded_draws_the_same(tmp_path):
+def test_law_6_loaded_model_gives_the_same_samples(tmp_path):
     model, _ = trained()
     again = load(save(model, tmp_path))
-    assert type(again) is CAGlowFaces and again.arguments["noise"] == 16 and again.conditions == model.conditions
-    assert torch.equal(again.sample(4, generator=seeded()), model.sample(4, generator=seeded()))
+    assert (type(again) is CAGlowFaces and again.arguments["noise"] == 16
+            and again.conditions == model.conditions)
+    assert torch.equal(again.sample(4, generator=seeded()),
+                       model.sample(4, generator=seeded()))
 
 
-def test_law_7_conditions_act_and_noise_does_too():
+def test_law_7_samples_depend_on_conditions_and_noise():
     model, _ = trained()
-    draw = lambda seed=1, **values: model.sample_latent(2, 1.0, seeded(seed), **{"identity": 0, "hat": 0, **values})
+    draw = lambda seed=1, **values: model.sample_latent(
+        2, 1.0, seeded(seed), **{"identity": 0, "hat": 0, **values})
     base, top = draw(), model.glow.top
     for other in (draw(identity=1), draw(hat=1)):
-        assert (other[:, :top] != base[:, :top]).any(1).all() and torch.equal(other[:, top:], base[:, top:])
+        assert ((other[:, :top] != base[:, :top]).any(1).all()
+                and torch.equal(other[:, top:], base[:, top:]))
     assert (draw(2) != base).any(1).all()
     still = model.sample(2, temperature=0.0, identity=1, hat=1)
     assert torch.allclose(still[0], still[1], atol=1e-5)
 
 
-def test_law_10_training_makes_generated_latents_readable():
+def test_law_10_training_raises_accuracy_on_generated_latents():
     model, log = trained()
     assert log[-1]["encoder.C_identity"] < 0.7 * log[0]["encoder.C_identity"]
     wanted = torch.arange(60) % 3
     fresh = build()
     fresh.glow.load_state_dict(model.glow.state_dict())
-    right = [(read(m.sample(60, 0.5, seeded(), identity=wanted))[0] == wanted).float().mean() for m in (model, fresh)]
+    right = [(read(m.sample(60, 0.5, seeded(), identity=wanted))[0] == wanted).float()
+                 .mean() for m in (model, fresh)]
     assert right[0] > max(0.45, right[1] + 0.05)
 
 
-def test_it_trains_on_the_form_of_eq_11_that_it_was_given():
-    """A discriminator that calls everything generated: 50 nats on real latents, and −51 more by the printed form."""
+def test_training_uses_the_given_form_of_eq_11():
+    """A discriminator that calls everything generated: 50 nats on real latents, and
+    −51 more by the printed form.
+    """
     losses = {}
     for form in ("corrected", "literal"):
         model = build(form=form).eval()
@@ -227,7 +268,8 @@ def test_it_trains_on_the_form_of_eq_11_that_it_was_given():
             model.supervision.real.weight.zero_()
             model.supervision.real.bias.fill_(-50.0)
         c = conditions_of(model.conditions, 8)
-        batch = Batch({"z": torch.randn(8, model.glow.dims, generator=seeded()), "c": c},
-                      Noise(("form",), slice(None), 8))
+        batch = Batch({"z": torch.randn(8, model.glow.dims, generator=seeded()),
+                       "c": c}, Noise(("form",), slice(None), 8))
         losses[form] = model.supervision_loss(batch)["D"][1].item()
-    assert losses["corrected"] == pytest.approx(50.0) and losses["literal"] == pytest.approx(50.0 - 51.0)
+    assert (losses["corrected"] == pytest.approx(50.0)
+            and losses["literal"] == pytest.approx(50.0 - 51.0))

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: verbs work; mistakes end with a message, exit code 2 and nothing written."""
+"""The command line as a user meets it: verbs work; mistakes end with a message, exit
+code 2 and nothing written.
+"""
 
 import io
 import subprocess
@@ -12,9 +14,8 @@ TINY = ["--tier", "tiny"]
 
 
 def condgen(*arguments, cwd, check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", "condgen", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "condgen", *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     if check:
         assert done.returncode == 0, done.stderr
@@ -23,9 +24,11 @@ def condgen(*arguments, cwd, check=True):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A folder with a trained judge and a conditional model, made by the command line."
+    """A folder with a trained evaluator and a conditional model, made
+    by the command line.
+    """
     where = tmp_path_factory.mktemp("cli")
-    condgen("train", "judge-digits", *TINY, cwd=where)
+    condgen("train", "evaluator-digits", *TINY, cwd=where)
     condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=where)
     picture = io.BytesIO()
     Image.new("L", (16, 16)).save(picture, "PNG")
@@ -38,31 +41,43 @@ def folder(tmp_path_factory):
 
 def test_list_names_recipes_and_experiments(tmp_path):
     out = condgen("list", cwd=tmp_path).stdout
-    assert "caglow-digits" in out and "caglow/digits" in out and "stored here" not in out
+    assert ("caglow-digits" in out and "caglow/digits" in out
+            and "stored here" not in out)
 
 
-def test_a_stopped_run_says_so_and_can_be_sampled_and_evaluated(folder):
-    assert "can be resumed" in condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=folder).stdout
-    condgen("sample", "caglow-digits", "--digit", 7, "-n", 4, "-o", "out/sevens.png", "--temperature", 0.5, cwd=folder)
+def test_stopped_run_can_be_sampled_and_evaluated(folder):
+    assert "can be resumed" in condgen("train", "caglow-digits", *TINY, "--budget",
+                                       "1s", cwd=folder).stdout
+    condgen("sample", "caglow-digits", "--digit", 7, "-n", 4, "-o", "out/sevens.png",
+            "--temperature", 0.5, cwd=folder)
     assert min(Image.open(folder / "out" / "sevens.png").size) >= 100
-    condgen("sample", "caglow-digits", "--digit", "1,2", "--u", "0.5,-1", "-n", 2, "-o", "two.png", cwd=folder)
-    out = condgen("evaluate", "caglow-digits", "--judge", "judge-digits", cwd=folder).stdout
-    assert "accuracy" in out and "frechet" in out and (folder / "runs" / "caglow-digits" / "metrics.json").exists()
+    condgen("sample", "caglow-digits", "--digit", "1,2", "--u", "0.5,-1", "-n", 2, "-o",
+            "two.png", cwd=folder)
+    out = condgen("evaluate", "caglow-digits", "--evaluator", "evaluator-digits",
+                  cwd=folder).stdout
+    assert ("accuracy" in out and "frechet" in out
+            and (folder / "runs" / "caglow-digits" / "metrics.json").exists())
 
 
 MISTAKES = [
     (["sample", "caglow-digits", "--digit", "12", "-o", "x.png"], "integers 0 to 9"),
-    (["sample", "caglow-digits", "--colour", "3", "-o", "x.png"], "unknown condition 'colour'"),
+    (["sample", "caglow-digits", "--colour", "3", "-o", "x.png"],
+     "unknown condition 'colour'"),
     (["sample", "caglow-digits", "--digi", "3", "-o", "x.png"], "did you mean 'digit'"),
-    (["sample", "caglow-digits", "--digit", "red", "-o", "x.png"], "accepted: a number"),
+    (["sample", "caglow-digits", "--digit", "red", "-o", "x.png"],
+     "accepted: a number"),
     (["sample", "caglow-digits", "--digit", "-o", "x.png"], ""),
     (["sample", "caglow-digits", "-n", "0", "-o", "x.png"], "1 to 10000"),
     (["sample", "caglow-digits", "--temperature", "-1", "-o", "x.png"], "temperature"),
-    (["sample", "caglow-digits", "--temperature", "nan", "-o", "x.png"], "temperature=nan; accepted"),
+    (["sample", "caglow-digits", "--temperature", "nan", "-o", "x.png"],
+     "temperature=nan; accepted"),
     (["sample", "caglow-digits", "-o", "x.gif2"], "x.gif2"),
-    (["sample", "caglow-digits", "-o", "."], "cannot write . as a picture; accepted: .png"),
-    (["sample", "caglow-digits", "-o", "file/q.png"], "cannot make folder file: File exists; choose another one"),
-    (["reproduce", "caglow/digits", "--results", "file/x.json"], "cannot make folder file: File exists"),
+    (["sample", "caglow-digits", "-o", "."],
+     "cannot write . as a picture; accepted: .png"),
+    (["sample", "caglow-digits", "-o", "file/q.png"],
+     "cannot make folder file: File exists; choose another one"),
+    (["reproduce", "caglow/digits", "--results", "file/x.json"],
+     "cannot make folder file: File exists"),
     (["reproduce", "caglow/digits", "--results", "runs"], "runs is not a result"),
     (["sample", "caglow-digts", "-o", "x.png"], "did you mean 'caglow-digits'"),
     (["train", "caglow-digts"], "did you mean 'caglow-digits'"),
@@ -70,22 +85,34 @@ MISTAKES = [
     (["train", "glow-digits", "--tier", "tiny", "--budget", "soon"], "90s"),
     (["train", "glow-digits", "--tier", "tiny", "--precision", "fp7"], "bf16"),
     (["reproduce", "caglow/digts"], "did you mean 'caglow/digits'"),
-    (["evaluate", "caglow-digits", "--judge", "nobody"], "no model 'nobody'"),
-    (["sample", "caglow-digits", "--colour", "red", "-o", "x.png"], "unknown condition 'colour'; accepted: digit, u"),
-    (["sample", "caglow-digits", "--digit", "1", "--digit", "2", "-o", "x.png"], "given twice"),
-    (["sample", "caglow-digits", "--self", "1", "-o", "x.png"], "unknown condition 'self'"),
-    (["sample", "caglow-digits", "--generator", "1", "-o", "x.png"], "unknown condition 'generator'"),
+    (["evaluate", "caglow-digits", "--evaluator", "nobody"], "no model 'nobody'"),
+    (["sample", "caglow-digits", "--colour", "red", "-o", "x.png"],
+     "unknown condition 'colour'; accepted: digit, u"),
+    (["sample", "caglow-digits", "--digit", "1", "--digit", "2", "-o", "x.png"],
+     "given twice"),
+    (["sample", "caglow-digits", "--self", "1", "-o", "x.png"],
+     "unknown condition 'self'"),
+    (["sample", "caglow-digits", "--generator", "1", "-o", "x.png"],
+     "unknown condition 'generator'"),
     (["sample", "caglow-digits", "-n", "99999999999", "-o", "x.png"], "1 to 10000"),
     (["sample", "caglow-digits", "--seed", "-1", "-o", "x.png"], "--seed"),
-    (["sample", "judge-digits", "-o", "x.png"], "is a Judge, which has no sample"),
-    (["sample", "nobody", "-o", "x.png"], "no run folder, and none of that name in runs/ or in the package"),
-    (["evaluate", "caglow-digits", "--judge", "caglow-digits"], "is a CAGlow, which has no logits"),
-    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "dots.zip"], "a name with .."),
-    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "bare.zip"], "labelled with []"),
-    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "celeba"], "there is no folder nowhere"),
+    (["sample", "evaluator-digits", "-o", "x.png"],
+     "Evaluator has no sample"),
+    (["sample", "nobody", "-o", "x.png"],
+     "no run folder, and none of that name in runs/ or in the package"),
+    (["evaluate", "caglow-digits", "--evaluator", "caglow-digits"],
+     "CAGlow has no logits"),
+    (["evaluate", "caglow-digits", "--evaluator", "evaluator-digits", "--data",
+      "dots.zip"], "a name with .."),
+    (["evaluate", "caglow-digits", "--evaluator", "evaluator-digits", "--data",
+      "bare.zip"], "labelled with []"),
+    (["evaluate", "caglow-digits", "--evaluator", "evaluator-digits", "--data",
+      "celeba"], "there is no folder nowhere"),
     (["train", "glow-digits", "--tier", "tiny", "--save-every", "often"], "90s"),
-    (["train", "glow-digits", "--tier", "tiny", "--out", "file/run"], "cannot make folder file/run"),
-    (["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "digitz"], "did you mean 'digits'"),
+    (["train", "glow-digits", "--tier", "tiny", "--out", "file/run"],
+     "cannot make folder file/run"),
+    (["evaluate", "caglow-digits", "--evaluator", "evaluator-digits", "--data",
+      "digitz"], "did you mean 'digits'"),
     (["data", "prepare", "celebb", "--from", "."], "did you mean 'celeba'"),
     (["data", "prepare", "celeba", "--from", "nowhere"], "nowhere"),
     (["tarin"], "tarin"),
@@ -93,7 +120,9 @@ MISTAKES = [
 
 
 def called(arguments, monkeypatch, capsys, cwd):
-    "As `condgen` in a process of its own, but faster: exit code and what it said on the error channel."
+    """As `condgen` in a process of its own, but faster: exit code and what it said
+    on the error channel.
+    """
     from condgen.__main__ import main
 
     monkeypatch.chdir(cwd)
@@ -104,18 +133,22 @@ def called(arguments, monkeypatch, capsys, cwd):
     return stop.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
-def test_mistakes_are_explained_and_write_nothing(folder, arguments, message, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, message", MISTAKES,
+                         ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_are_explained_and_write_nothing(folder, arguments, message,
+                                                  monkeypatch, capsys):
     before = sorted(folder.rglob("*"))
     code, said = called(arguments, monkeypatch, capsys, folder)
     assert code == 2 and message in said and "Traceback" not in said
     assert sorted(folder.rglob("*")) == before
 
 
-def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path, monkeypatch, capsys):
+def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path,
+                                                            monkeypatch, capsys):
     import shutil
 
-    run = shutil.copytree(folder / "runs" / "judge-digits", tmp_path / "runs" / "judge")
+    run = shutil.copytree(folder / "runs" / "evaluator-digits",
+                          tmp_path / "runs" / "evaluator")
     weights = run / "model.safetensors"
     raw = weights.read_bytes()
     for bad in (
@@ -125,21 +158,24 @@ def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path, mo
         b"",
     ):
         weights.write_bytes(bad)
-        code, said = called(["evaluate", "judge", "--judge", "judge"], monkeypatch, capsys, tmp_path)
+        code, said = called(["evaluate", "evaluator", "--evaluator", "evaluator"],
+                            monkeypatch, capsys, tmp_path)
         assert code == 2 and "model.safetensors" in said
     assert not (tmp_path / "owned").exists()
 
 
-def test_models_of_the_package_work_from_any_folder_and_are_not_written_to(tmp_path):
-    from condgen.runs import shipped
+def test_shipped_models_are_used_read_only_from_any_folder(tmp_path):
+    from condgen.runs import pretrained_models
 
-    condgen("sample", "caglow-digits", "--digit", 7, "-n", 16, "-o", "sevens.png", cwd=tmp_path)
+    condgen("sample", "caglow-digits", "--digit", 7, "-n", 16, "-o", "sevens.png",
+            cwd=tmp_path)
     assert min(Image.open(tmp_path / "sevens.png").size) >= 250
-    assert "accuracy" in condgen("evaluate", "cglow-digits", "--judge", "judge-digits", cwd=tmp_path).stdout
-    assert not (shipped()["cglow-digits"] / "metrics.json").exists()
+    assert "accuracy" in condgen("evaluate", "cglow-digits", "--evaluator",
+                                 "evaluator-digits", cwd=tmp_path).stdout
+    assert not (pretrained_models()["cglow-digits"] / "metrics.json").exists()
 
 
-def test_data_list_says_what_is_there(tmp_path, monkeypatch, capsys):
+def test_data_list_prints_available_data_sets(tmp_path, monkeypatch, capsys):
     from condgen.__main__ import data_list
 
     monkeypatch.setenv("CONDGEN_DATA", str(tmp_path))
@@ -153,6 +189,7 @@ def test_a_set_without_test_images_is_refused(tmp_path, monkeypatch, capsys):
     for k in range(2):
         Image.new("L", (16, 16), 100 * k).save(few / f"{k}.png")
     (few / "labels.csv").write_text("file,digit\n0.png,9\n1.png,6\n")
-    code, said = called(["evaluate", "caglow-digits", "--judge", "judge-digits", "--data", "few"], monkeypatch, capsys,
-                        tmp_path)
-    assert code and "the part test of few has 0 images; accepted: 2 or more" in " ".join(said.split())
+    code, said = called(["evaluate", "caglow-digits", "--evaluator", "evaluator-digits",
+                         "--data", "few"], monkeypatch, capsys, tmp_path)
+    assert (code and "the part test of few has 0 images; accepted: 2 or more"
+            in " ".join(said.split()))

@@ -1,4 +1,6 @@
-"""Clusters: numbers that say whether two labelled clouds fall together, and the picture of them."""
+"""Clusters: measures that compare two labelled sets of latents, the spaces they live
+in, and their figure.
+"""
 
 import math
 
@@ -7,12 +9,13 @@ import torch
 
 from condgen import figures as fg
 from condgen import metrics as mt
-from condgen.contracts import Classes
-from condgen.experiments.clusters import inferred, written
-from condgen.models.cglow import CGlow
-from condgen.models.classifier import Judge
+from condgen.data import digits
+from condgen.evaluation import compare_labelled_sets
+from condgen.experiments.clusters import (
+    NEIGHBOURS, LatentSpaces, balanced_subset, compare_latents, first_per_digit,
+    labelled_images)
+from condgen.lab import Lab, find_experiment
 from condgen.models.glow import Glow
-from condgen.models.vaegan import GAN
 
 Y = torch.arange(5).repeat_interleave(20)
 
@@ -40,28 +43,32 @@ def closed():
     plt.close("all")
 
 
-# neighbours ----------------------------------------------------------------------------------------------------------
+# neighbours ---------------------------------------------------------------------------
 
 
 def test_neighbours_by_hand():
     x = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
-    assert mt.neighbours(x, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
-    assert mt.own_shares(x[:2], x[2:], 1) == (1.0, 0.5)
+    assert mt.nearest_neighbours(x, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert mt.same_set_shares(x[:2], x[2:], 1) == (1.0, 0.5)
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"{k} neighbours of 4 points"):
-            mt.neighbours(x, k)
+            mt.nearest_neighbours(x, k)
 
 
 @pytest.mark.parametrize(("n", "m"), [(60, 60), (90, 30)])
-def test_shares_of_one_distribution_are_those_of_shuffled_membership(n, m):
+def test_shares_of_equal_distributions_match_permutations(n, m):
     x = cloud(1, n + m)
     g = torch.Generator().manual_seed(2)
-    near = mt.neighbours(x, 5)
+    near = mt.nearest_neighbours(x, 5)
     first = torch.stack([torch.randperm(n + m, generator=g) < n for _ in range(500)])
-    shuffled = ((first[:, near] & first[:, :, None]).double().sum((1, 2)) / (5 * n), n - 1)
-    other = ((~first[:, near] & ~first[:, :, None]).double().sum((1, 2)) / (5 * m), m - 1)
-    for (values, companions), share in zip((shuffled, other), mt.own_shares(x[:n], x[n:], 5), strict=True):
-        assert values.mean().item() == pytest.approx(companions / (n + m - 1), abs=4 * values.std().item() / 500**0.5)
+    shuffled = ((first[:, near] & first[:, :, None]).double().sum((1, 2)) / (5 * n),
+                n - 1)
+    other = ((~first[:, near] & ~first[:, :, None]).double().sum((1, 2)) / (5 * m),
+             m - 1)
+    for (values, companions), share in zip(
+            (shuffled, other), mt.same_set_shares(x[:n], x[n:], 5), strict=True):
+        assert values.mean().item() == pytest.approx(
+            companions / (n + m - 1), abs=4 * values.std().item() / 500**0.5)
         assert abs(share - values.mean()) < 4 * values.std()
 
 
@@ -74,25 +81,29 @@ def test_two_sample_statistic_from_half_to_one():
     assert mt.knn_two_sample(a, cloud(2) + 100) == pytest.approx(1)
 
 
-def test_two_sample_statistic_sees_a_wider_cloud_that_the_mean_share_does_not():
+def test_two_sample_statistic_detects_a_wider_distribution():
     a, b = cloud(1, dims=256), 1.25 * cloud(2, dims=256)
-    assert sum(mt.own_shares(a, b)) / 2 == pytest.approx(0.5, abs=0.05)
-    assert mt.knn_two_sample(a, b) > 0.95 and mt.knn_two_sample(b, a) == pytest.approx(mt.knn_two_sample(a, b))
+    assert sum(mt.same_set_shares(a, b)) / 2 == pytest.approx(0.5, abs=0.05)
+    assert (mt.knn_two_sample(a, b) > 0.95
+            and mt.knn_two_sample(b, a) == pytest.approx(mt.knn_two_sample(a, b)))
 
 
 def test_two_sample_statistic_by_class():
     a, b = classes(1), classes(2)
     assert mt.knn_two_sample(a, b, 5, Y, Y) < 0.58
     swapped = mt.knn_two_sample(a, b, 5, Y, (Y + 1) % 5)
-    assert swapped > 0.99 and mt.knn_two_sample(a, b) < 0.58  # without labels nothing is wrong
-    one = [mt.own_shares(a[Y == k], b[Y == k]) for k in range(5)]
+    # without labels nothing is wrong
+    assert swapped > 0.99 and mt.knn_two_sample(a, b) < 0.58
+    one = [mt.same_set_shares(a[Y == k], b[Y == k]) for k in range(5)]
     e = [sum((s[i] - 19 / 39) / (20 / 39) for s in one) / 5 for i in (0, 1)]
-    assert mt.knn_two_sample(a, b, 5, Y, Y) == pytest.approx(0.5 + (abs(e[0]) + abs(e[1])) / 4)
+    assert mt.knn_two_sample(a, b, 5, Y, Y) == pytest.approx(
+        0.5 + (abs(e[0]) + abs(e[1])) / 4)
 
 
 def test_numbers_do_not_depend_on_order_rotation_or_scale():
     a, b = classes(1), classes(2) + 0.7
-    i, j = (torch.randperm(100, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
+    i, j = (torch.randperm(100, generator=torch.Generator().manual_seed(s))
+            for s in (3, 4))
     for f in (
         lambda a, y, b, t: mt.knn_two_sample(a, b, 5, y, t),
         mt.centroid_distance,
@@ -103,27 +114,32 @@ def test_numbers_do_not_depend_on_order_rotation_or_scale():
         assert f(turned(a), Y, turned(b), Y) == pytest.approx(want, abs=1e-5)
 
 
-# class means ---------------------------------------------------------------------------------------------------------
+# class means --------------------------------------------------------------------------
 
 
 def test_centroid_distance_by_hand():
     y = torch.tensor([0, 0, 1, 1])
-    a = torch.tensor([[-1.0], [1.0], [9.0], [11.0]])  # means 0 and 10, variances 2: noise 1 each
+    # means 0 and 10, variances 2: noise 1 each
+    a = torch.tensor([[-1.0], [1.0], [9.0], [11.0]])
     b = torch.tensor([[3.0], [3.0], [13.0], [13.0]])  # means 3 and 13, no spread
-    assert mt.centroid_distance(a, y, b, y) == pytest.approx(math.sqrt((9 - 1) / (100 - 2)))
+    assert mt.centroid_distance(a, y, b, y) == pytest.approx(math.sqrt(
+        (9 - 1) / (100 - 2)))
     assert mt.centroid_distance(a, y, a + 1e-3, y) == 0
 
 
-def test_centroid_distance_has_no_floor_and_knows_its_landmarks():
+def test_centroid_distance_is_unbiased_and_has_known_values():
     places = 0.25 * cloud(99, 10, 256)
     y = torch.arange(10).repeat_interleave(30)
     a = places[y] + cloud(1, 300, 256)
-    found = {"same": places, "no class": places.mean(0).expand(10, -1), "next class": places.roll(1, 0)}
-    found = {
-        k: [mt.centroid_distance(a, y, p[y] + cloud(s, 300, 256), y) for s in range(2, 7)] for k, p in found.items()
-    }
-    raw = torch.stack([(a - places[y] - cloud(2, 300, 256))[y == k].mean(0).norm() for k in range(10)]).mean()
-    assert raw / torch.pdist(places).mean() > 0.6  # what equal classes would show without the correction
+    found = {"same": places, "no class": places.mean(0).expand(10, -1),
+             "next class": places.roll(1, 0)}
+    found = {k: [mt.centroid_distance(a, y, p[y] + cloud(s, 300, 256), y)
+                 for s in range(2, 7)]
+             for k, p in found.items()}
+    raw = torch.stack([(a - places[y] - cloud(2, 300, 256))[y == k].mean(0).norm()
+                       for k in range(10)]).mean()
+    # what equal classes would show without the correction
+    assert raw / torch.pdist(places).mean() > 0.6
     assert max(found["same"]) < 0.2
     assert sum(found["no class"]) / 5 == pytest.approx(math.sqrt(9 / 20), abs=0.05)
     assert sum(found["next class"]) / 5 == pytest.approx(1, abs=0.05)
@@ -136,7 +152,8 @@ def test_fisher_directions():
     w = mt.fisher_directions(x, Y)
     seen = x @ w
     rest = seen - torch.stack([seen[Y == k].mean(0) for k in range(5)])[Y]
-    assert w.shape == (20, 4) and torch.allclose(rest.T @ rest / 95, torch.eye(4).double(), atol=1e-8)
+    assert (w.shape == (20, 4)
+            and torch.allclose(rest.T @ rest / 95, torch.eye(4).double(), atol=1e-8))
     between = torch.stack([seen[Y == k].mean(0) for k in range(5)]).var(0)
     assert between.tolist() == sorted(between.tolist(), reverse=True)
     assert mt.silhouette(seen, Y) > mt.silhouette(mixed, Y) + 0.1
@@ -144,19 +161,21 @@ def test_fisher_directions():
     assert torch.allclose(torch.pdist(other), torch.pdist(seen), atol=1e-6)
 
 
-def test_wrong_clouds_are_refused():
+def test_invalid_point_sets_are_refused():
     a, b = classes(1), classes(2)
     for bad in (a[:, :3], a[:1], a[0], a * math.nan):
         with pytest.raises(ValueError, match="accepted"):
             mt.knn_two_sample(bad, b)
     unknown = torch.where(Y == 4, math.nan, Y.double())
-    for y, t in ((Y[:-1], Y), (Y, Y.clamp(max=3)), (Y[:, None], Y[:, None]), (Y.tolist(), Y), (unknown, unknown)):
+    for y, t in ((Y[:-1], Y), (Y, Y.clamp(max=3)), (Y[:, None], Y[:, None]),
+                 (Y.tolist(), Y), (unknown, unknown)):
         with pytest.raises(ValueError, match="accepted"):
             mt.centroid_distance(a, y, b, t)
         with pytest.raises(ValueError, match="accepted"):
             mt.knn_two_sample(a, b, 5, y, t)
     for y, t in ((Y, None), (None, Y)):
-        with pytest.raises(ValueError, match="labels of one set only; accepted: of both, or of none"):
+        with pytest.raises(ValueError, match="labels of one set only; accepted: "
+                               "of both, or of none"):
             mt.knn_two_sample(a, b, 5, y, t)
     with pytest.raises(ValueError, match="not apart"):
         mt.centroid_distance(torch.zeros(100, 2), Y, b[:, :2], Y)
@@ -171,106 +190,105 @@ def test_wrong_clouds_are_refused():
             mt.fisher_directions(a, y)
 
 
-# latents -------------------------------------------------------------------------------------------------------------
+# spaces and experiments ---------------------------------------------------------------
 
 
-def flow(kind=CGlow):
-    """A flow with class-dependent (or one) prior whose means and spreads are far from those of white noise."""
-    torch.manual_seed(0)
-    schema = [Classes("digit", 10)]
-    model = kind((1, 8, 8), schema, 2, 1, 4) if kind is CGlow else kind((1, 8, 8), levels=2, depth=1, width=4)
-    for p in (model.prior_weight, model.prior_bias):
-        p.data = 0.7 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return model.eval()
+def labelled_latents(n: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents `(n, 64)` whose ten classes differ in the first nine columns."""
+    y = torch.arange(n) % 10
+    means = 3 * torch.randn(10, 9, generator=torch.Generator().manual_seed(3))
+    z = cloud(1, n, 64)
+    z[:, :9] += means[y]
+    return z, y
 
 
-@pytest.mark.parametrize("kind", [Glow, CGlow])
-def test_written_latents_of_all_classes_together_are_white(kind):
-    """Means and variances of 20,000 latents in each column within 5.5 standard errors (kurtosis at most 3)."""
-    n, model = 20_000, flow(kind)
-    z = written(model, torch.arange(n) % 10).double()
-    assert z.shape == (n, 64) and z.mean(0).abs().max() < 5.5 / math.sqrt(n)
-    assert (z.var(0) - 1).abs().max() < 5.5 * math.sqrt(2 / n) * (3 if kind is CGlow else 1)
-    if kind is CGlow:
-        means = torch.stack([z[k::10, : model.top].mean(0) for k in range(10)])
-        assert means.var(0).mean() > 0.2  # and yet each class has a place of its own
+def test_class_directions_find_the_classes_of_new_latents():
+    z, y = labelled_latents()
+    flow = Glow((1, 8, 8), levels=2, depth=1, width=4)
+    spaces = LatentSpaces.from_training(flow, z[:400], y[:400])
+    assert spaces.directions.shape == (64, 9) and spaces.centroids.shape == (10, 9)
+    assert (spaces.nearest_class(z[400:]) == y[400:]).double().mean() > 0.9
+    assert list(spaces.maps) == ["all levels", "top level", "class directions"]
+    assert [f(z).shape[1] for f in spaces.maps.values()] == [64, flow.top, 9]
+    assert spaces.maps["top level"](z).equal(z[:, : flow.top])
 
 
-def test_written_latents_of_a_class_are_drawn_from_its_prior():
-    """Mean and log σ of one class, brought into class-blind units by those of all; a cold class is one point."""
-    n, model = 20_000, flow()
-    mean, log_std = model.prior(torch.eye(10))
-    centre = mean.mean(0)
-    scale = ((2 * log_std).exp().mean(0) + mean.var(0, unbiased=False)).sqrt()
-    for k, t in ((3, 1.0), (7, 0.5)):
-        z = written(model, torch.full((n,), k), temperature=t)[:, : model.top]
-        std = t * log_std[k].exp() / scale
-        assert ((z.mean(0) - (mean[k] - centre) / scale).abs() < 5.5 * std / math.sqrt(n)).all()
-        assert ((z.std(0) / std - 1).abs() < 5.5 / math.sqrt(2 * n)).all()
-    cold = written(model, Y, temperature=0.0)
-    for k in range(5):
-        want = torch.zeros(20, 64)
-        want[:, : model.top] = (mean[k] - centre) / scale
-        assert torch.allclose(cold[Y == k], want, atol=1e-5)
+def test_compared_latents_average_the_agreement_of_draws():
+    z, y = labelled_latents()
+    spaces = LatentSpaces.from_training(Glow((1, 8, 8), levels=2, depth=1, width=4), z,
+                                        y)
+    real, draws = (z[:200], y[:200]), [(z[200:400], y[200:400]), (z[400:], y[400:])]
+    found = compare_latents(spaces, real, draws)
+    assert set(found["all levels"]) == {"knn_two_sample", "centroid_distance",
+                                        "silhouette"}
+    assert found["class directions"]["accuracy"] > 0.9
+    each = [compare_labelled_sets(*real, *draw, NEIGHBOURS)["silhouette"]
+            for draw in draws]
+    assert found["all levels"]["silhouette"] == pytest.approx(sum(each) / 2)
 
 
-@pytest.mark.parametrize("kind", [Glow, CGlow])
-def test_inferred_latents_are_those_of_the_dequantised_image(kind):
-    """Taking whitening and flow back gives a point of the image's own bin, another one for another seed."""
-    model, x = flow(kind), torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(1)) / 255
-    mean, log_std = model.prior(torch.eye(10) if kind is CGlow else torch.zeros(1, 0))
-    centre = mean.mean(0)
-    scale = ((2 * log_std).exp().mean(0) + mean.var(0, unbiased=False)).sqrt()
-    places = []
-    for seed in range(20):
-        z = inferred(model, x, seed).detach()
-        with torch.no_grad():
-            raw = torch.cat([z[:, : model.top] * scale + centre, z[:, model.top :]], 1)
-            places.append(256 * (model.flow.inverse(raw) + 0.5) - 255 * x)
-    inside = torch.stack(places)
-    assert -1e-2 < inside.min() < 0.05 and 0.95 < inside.max() < 1 + 1e-2
-    assert abs(inside.mean() - 0.5) < 5.5 / math.sqrt(12 * inside.numel())
-    assert torch.equal(inferred(model, x, 3), inferred(model, x, 3))
+def test_balanced_subsets_have_equal_classes_by_seed():
+    y = torch.arange(300) % 10
+    a, b, c = (balanced_subset(y, 4, seed) for seed in (0, 0, 1))
+    assert a.equal(b) and not a.equal(c) and len(a.unique()) == 40
+    assert y[a].equal(torch.arange(10).repeat_interleave(4))
 
 
-@pytest.mark.parametrize(("call", "says"), [
-    (lambda: inferred(GAN((1, 8, 8), 4, 2), torch.rand(2, 1, 8, 8)), "GAN has no flow; accepted: a Glow, a CGlow or"),
-    (lambda: inferred(Judge((1, 8, 8), [Classes("a", 9)], 4), torch.rand(2, 1, 8, 8)), "Judge has no flow; accepted"),
-    (lambda: written(GAN((1, 8, 8), 4, 2), torch.tensor([1, 2])), "GAN has no flow; accepted"),
-    (lambda: written(flow(), torch.tensor([11])), "accepted: integers 0 to 9"),
-    (lambda: inferred(flow(), torch.rand(2, 1, 16, 16)), r"images of shape \(2, 1, 16, 16\); accepted"),
-    (lambda: inferred(flow(), 9 * torch.rand(2, 1, 8, 8)), r"accepted: finite floats in \[0, 1\]"),
-    (lambda: inferred(flow(), torch.rand(0, 1, 8, 8)), "number of images=0; accepted: an integer, 1 or more"),
-])  # fmt: skip
-def test_models_and_images_without_latents_are_refused(call, says):
-    with pytest.raises(ValueError, match=says):
-        call()
+def test_first_images_of_each_digit_are_in_order():
+    data = digits(32)
+    x, y = first_per_digit(data, "test", 3)
+    assert y.equal(torch.arange(10).repeat_interleave(3)) and x.shape == (30, 1, 32, 32)
+    images, labels = labelled_images(data, "test")
+    assert x[3].equal(images[(labels == 1).nonzero()[0, 0]])
 
 
-# the picture ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_figure_1_experiment_runs_on_digits(monkeypatch, tmp_path):
+    data = digits(32, copies=2)
+    for name in ("whole_mnist", "mnist_for_training"):
+        monkeypatch.setattr(f"condgen.experiments.mnist.{name}",
+                            lambda tier="tiny": data)
+    experiment = find_experiment("caglow/fig1-mnist")
+    lab = Lab(experiment, "tiny", 0, tmp_path / "runs", progress=False, rounds=2)
+    rows = experiment.run(lab)
+    found = {(r["model"], r["variant"], r["metric"], r["at"]["space"]): r["value"]
+             for r in rows}
+    assert len(found) == len(rows) == 3 * (3 * 3 + 1)
+    shares = [v for (_, _, metric, _), v in found.items()
+              if metric in ("accuracy", "knn_two_sample")]
+    assert all(0 <= v <= 1 for v in shares)
+    # its Gaussian start has the classes
+    assert found["CAGlow", "corrected", "accuracy", "class directions"] > 0.5
+    experiment.figures(lab, rows, tmp_path / "fig1.json")
+    assert (tmp_path / "fig1.png").stat().st_size > 5_000
 
 
-def test_map_keeps_separate_classes_apart_and_repeats_itself():
+# the figure ---------------------------------------------------------------------------
+
+
+def test_embedding_separates_classes_and_is_deterministic():
     x = torch.cat([classes(1, 60), classes(2, 60)])
-    y = fg.embed(x, perplexity=12)
+    y = fg.tsne(x, perplexity=12)
     assert y.shape == (200, 2) and mt.silhouette(y, Y.repeat(2)) > 0.5
-    assert fg.embed(x, perplexity=12).equal(y)
+    assert fg.tsne(x, perplexity=12).equal(y)
     for z, perplexity in ((x, 70), (x, 1), (x[0], 5), (x * math.inf, 5), (x[:, :1], 5)):
         with pytest.raises(ValueError, match="accepted"):
-            fg.embed(z, perplexity)
+            fg.tsne(z, perplexity)
 
 
-def test_picture_of_clusters():
+def test_figure_of_clusters():
     points, sampled = cloud(1, 40, 2), torch.arange(40) >= 20
     labels = torch.arange(40) % 10
-    ax = fg.clusters(points, labels, sampled, title="T")
+    ax = fg.plot_clusters(points, labels, sampled, title="T")
     names = ax.get_legend_handles_labels()[1]
-    assert names == ["inferred from real images", "sampled", *map(str, range(10))] and ax.get_title() == "T"
-    drawn = torch.cat([torch.tensor(c.get_offsets().tolist()).view(-1, 2) for c in ax.collections])
+    assert (names == ["inferred from real images", "sampled", *map(str, range(10))]
+            and ax.get_title() == "T")
+    drawn = torch.cat([torch.tensor(c.get_offsets().tolist()).view(-1, 2)
+                       for c in ax.collections])
     assert torch.allclose(*(x[x[:, 0].sort().indices] for x in (drawn, points)))
     assert sorted(t.get_text() for t in ax.texts) == sorted(map(str, range(10)))
-    assert len(fg.png(ax.figure)) < 100_000
-    assert len(set(fg.TEN)) == 10
+    assert len(fg.figure_png(ax.figure)) < 100_000
+    assert len(set(fg.CLASS_COLOURS)) == 10
     for bad in (
         (cloud(1, 40, 3), labels, sampled),
         (points, labels[:5], sampled),
@@ -280,4 +298,4 @@ def test_picture_of_clusters():
         (points[:0], labels[:0], sampled[:0]),
     ):
         with pytest.raises(ValueError, match="accepted"):
-            fg.clusters(*bad)
+            fg.plot_clusters(*bad)

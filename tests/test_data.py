@@ -1,4 +1,6 @@
-"""Data sets: fixed fingerprints, disjoint parts, and readers that refuse what is broken or hostile."""
+"""Data sets: fixed fingerprints, disjoint parts, and readers that refuse what
+is broken or hostile.
+"""
 
 import gzip
 import io
@@ -6,6 +8,7 @@ import os
 import stat
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from condgen import data
-from condgen import faces as drawing
-from condgen.contracts import Binary, Classes, Code, Real, Schema
+from condgen import data, downloads, faces, folders
+from condgen.conditions import Binary, Classes, Code, Real, Schema
 
 MNIST = Path(os.environ.get("CONDGEN_DATA", "nowhere")) / "MNIST" / "raw"
-laws = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+laws = settings(max_examples=150, deadline=None, derandomize=True,
+                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,8 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def picture(mode="RGB", size=(12, 9), color=None, kind="PNG") -> bytes:
     stream = io.BytesIO()
-    Image.new(mode, size, color if color is not None else (200 if mode in ("L", "I;16") else (200, 50, 10))).save(
-        stream, kind
-    )
+    Image.new(mode, size, color if color is not None else (
+        200 if mode in ("L", "I;16") else (200, 50, 10))).save(stream, kind)
     return stream.getvalue()
 
 
@@ -48,25 +48,28 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def squares(path: Path, table: str | bytes, n: int = 10) -> Path:
-    return archive(path, {**{f"{i}.png": picture() for i in range(n)}, "labels.csv": table})
+    return archive(path,
+                   {**{f"{i}.png": picture() for i in range(n)}, "labels.csv": table})
 
 
 def column(name: str, *values: object) -> str:
     return "\n".join([f"file,{name}", *(f"{i}.png,{v}" for i, v in enumerate(values))])
 
 
-# data sets -----------------------------------------------------------------------------------------------------------
+# data sets ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "sha"), [(8, "35eeb128"), (16, "00acdbfd"), (32, "3b08caea")])
+@pytest.mark.parametrize(("size", "sha"),
+                         [(8, "35eeb128"), (16, "00acdbfd"), (32, "3b08caea")])
 def test_digits_are_the_same_everywhere(size, sha):
     d = data.digits(size)
     assert d.sha256.startswith(sha)
     assert d.shape == (1, size, size) and d.conditions == Schema([Classes("digit", 10)])
-    assert {s: len(i) for s, i in d.splits.items()} == {"test": 360, "val": 180, "train": 1257}
+    assert {s: len(i) for s, i in d.splits.items()} == {"test": 360, "val": 180,
+                                                        "train": 1257}
     assert torch.cat(list(d.splits.values())).sort().values.equal(torch.arange(1797))
     assert d.table("test")["c"].sum(0).tolist() == [36] * 10
-    x = d.images_of("val")
+    x = d.split_images("val")
     assert (
         x.dtype == torch.float32
         and x.min() == 0
@@ -79,18 +82,20 @@ def test_copies_extend_the_training_part_only():
     d, more = data.digits(8), data.digits(8, copies=3)
     assert len(more.splits["train"]) == 4 * 1257 and "3 copies" in more.name
     for part in ("val", "test"):
-        assert all(a.equal(b) for a, b in zip(d.table(part).values(), more.table(part).values(), strict=True))
+        assert all(a.equal(b) for a, b in zip(d.table(part).values(),
+                                              more.table(part).values(), strict=True))
     old, new = d.table("train"), more.table("train")
     assert new["c"].equal(old["c"].repeat(4, 1)) and new["x"][:1257].equal(old["x"])
-    moved = (new["x"][1257:].view(3, 1257, -1).float() - old["x"].flatten(1).float()).abs().mean((1, 2))
+    moved = (new["x"][1257:].view(3, 1257, -1).float()
+             - old["x"].flatten(1).float()).abs().mean((1, 2))
     assert (moved > 5).all() and len(new["x"].unique(dim=0)) > 4 * 1257 - 5
 
 
-def test_fingerprint_sees_everything():
+def test_fingerprint_depends_on_all_contents():
     d = data.digits(8)
     make = lambda **kw: data.Dataset(
-        **({"name": "a", "images": d.images, "labels": d.labels, "conditions": d.conditions, "splits": d.splits} | kw)
-    )
+        **({"name": "a", "images": d.images, "labels": d.labels,
+            "conditions": d.conditions, "splits": d.splits} | kw))
     swapped = {**d.splits, "val": d.splits["test"], "test": d.splits["val"]}
     other = [
         make(images=255 - d.images),
@@ -103,56 +108,70 @@ def test_fingerprint_sees_everything():
     assert len(repr(d)) < 200 and "<table>" in d._repr_html_()
 
 
-@pytest.mark.parametrize("change", [
-    {"images": torch.zeros(4, 1, 2, 2)},
-    {"images": torch.zeros(4, 2, 2, dtype=torch.uint8)},
-    {"labels": torch.zeros(4, 2)},
-    {"labels": torch.full((4, 1), torch.nan)},
-    {"conditions": Schema([Code("u")])},
-    {"splits": {"train": torch.tensor([0, 1]), "val": torch.tensor([1]), "test": torch.tensor([2])}},
-    {"splits": {"train": torch.tensor([0, 4]), "val": torch.tensor([1]), "test": torch.tensor([2])}},
-    {"splits": {"train": torch.tensor([], dtype=torch.long), "val": torch.tensor([1]), "test": torch.tensor([2])}},
-    {"splits": {"train": torch.tensor([0])}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"images": torch.zeros(4, 1, 2, 2)},
+               {"images": torch.zeros(4, 2, 2, dtype=torch.uint8)},
+               {"labels": torch.zeros(4, 2)},
+               {"labels": torch.full((4, 1), torch.nan)},
+               {"conditions": Schema([Code("u")])},
+               {"splits": {"train": torch.tensor([0, 1]), "val": torch.tensor([1]),
+                           "test": torch.tensor([2])}},
+               {"splits": {"train": torch.tensor([0, 4]), "val": torch.tensor([1]),
+                           "test": torch.tensor([2])}},
+               {"splits": {"train": torch.tensor([], dtype=torch.long),
+                           "val": torch.tensor([1]), "test": torch.tensor([2])}},
+               {"splits": {"train": torch.tensor([0])}}])
 def test_dataset_refuses(change):
-    parts = {"train": torch.tensor([0, 1]), "val": torch.tensor([2]), "test": torch.tensor([3])}
-    good = {"name": "a", "images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8), "labels": torch.zeros(4, 1),
-            "conditions": Schema([Binary("b")]), "splits": parts}  # fmt: skip
+    parts = {"train": torch.tensor([0, 1]), "val": torch.tensor([2]),
+             "test": torch.tensor([3])}
+    good = {"name": "a", "images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
+            "labels": torch.zeros(4, 1),
+            "conditions": Schema([Binary("b")]), "splits": parts}
     data.Dataset(**good)
     with pytest.raises(ValueError, match="accepted"):
         data.Dataset(**(good | change))
 
 
 def test_wrong_sizes_and_names():
-    for call in (lambda: data.digits(17), lambda: data.mnist(30), lambda: data.digits(8).table("training")):
+    for call in (lambda: data.digits(17), lambda: data.mnist(30),
+                 lambda: data.digits(8).table("training")):
         with pytest.raises(ValueError, match="accepted"):
             call()
     with pytest.raises(ValueError, match="did you mean 'mnist'"):
         data.load("mnits")
-    assert data.load("digits", 8).shape == (1, 8, 8) and data.load("digits").shape == (1, 16, 16)
+    assert (data.load("digits", 8).shape == (1, 8, 8)
+            and data.load("digits").shape == (1, 16, 16))
 
 
 def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
-    """Three parts, everyone in each; the second time no picture is drawn; a damaged file is as good as none."""
-    count, render = [], data.render
-    monkeypatch.setattr(data, "render", lambda *a: count.append(a) or render(*a))
-    monkeypatch.setattr(data.inspect, "getsourcefile", lambda _: drawing.__file__)
+    """Three parts, everyone in each; the second time no picture is drawn; a damaged
+    file is as good as none.
+    """
+    count, render = [], data.render_bytes
+    monkeypatch.setattr(data, "render_bytes", lambda *a: count.append(a) or render(*a))
+    monkeypatch.setattr(data.inspect, "getsourcefile", lambda _: faces.__file__)
     d = data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"])
-    assert list(d.conditions.names) == ["identity", "yaw", "glasses"] and d.shape == (3, 16, 16)
-    assert [len(d.indices(s)) for s in data.SPLITS] == [48, 6, 6] and d.conditions[0].n == 3
-    images, factors = drawing.faces(60, 16, 3)
+    assert (list(d.conditions.names) == ["identity", "yaw", "glasses"]
+            and d.shape == (3, 16, 16))
+    assert ([len(d.indices(s)) for s in folders.SPLITS] == [48, 6, 6]
+            and d.conditions[0].n == 3)
+    images, factors = faces.sample_faces(60, 16, 3)
     assert torch.equal(d.images, images)
-    packed, _ = data.face_labels(factors, d.conditions.names, 3)
+    packed, _ = faces.labels_from_factors(factors, d.conditions.names, 3)
     assert torch.equal(d.labels, packed)
     (kept,) = (tmp_path / "cache" / "condgen" / "faces").iterdir()
-    again = lambda: data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"]).sha256 == d.sha256
+    again = lambda: data.faces(size=16, n=60, identities=3,
+                               columns=["glasses", "identity",
+                                        "yaw"]).sha256 == d.sha256
     assert again() and len(count) == 1
-    for harm in (lambda raw: raw[:-100], lambda raw: b"", lambda raw: raw.replace(b"images", b"amiges"),
+    for harm in (lambda raw: raw[:-100], lambda raw: b"",
+                 lambda raw: raw.replace(b"images", b"amiges"),
                  lambda raw: raw[:2000] + b"\xff" + raw[2001:]):
         kept.write_bytes(harm(kept.read_bytes()))
         assert again()
     assert len(count) == 5
-    monkeypatch.setattr(data.np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
+    monkeypatch.setattr(data.np, "savez",
+                        lambda file, **_: file.write(b"half") and 1 / 0)
     kept.unlink()
     with pytest.raises(ZeroDivisionError):
         again()
@@ -164,9 +183,9 @@ def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({"size": 8}, "size=8; accepted: 16 to 256"), ({"size": 16.0}, "size=16.0"), ({"n": 0}, "n=0"),
-    ({"identities": 257}, "257; accepted: 1 to 256"), ({"columns": ["glases"]}, "did you mean 'glasses'"),
-])  # fmt: skip
+    ({"size": 8}, "size=8; accepted: 16 to 256"), ({"size": 16.0}, "size=16.0"),
+    ({"n": 0}, "n=0"), ({"identities": 257}, "257; accepted: 1 to 256"),
+    ({"columns": ["glases"]}, "did you mean 'glasses'")])
 def test_drawn_faces_refuse(given, said):
     with pytest.raises(ValueError, match=said):
         data.faces(**{"n": 2, "size": 16, **given})
@@ -176,7 +195,7 @@ def test_drawn_faces_refuse(given, said):
 def test_mnist():
     d = data.mnist(root=MNIST.parents[1])
     assert d.sha256.startswith("1cba8a27017a") and d.shape == (1, 32, 32)
-    assert [len(d.splits[s]) for s in data.SPLITS] == [50_000, 10_000, 10_000]
+    assert [len(d.splits[s]) for s in folders.SPLITS] == [50_000, 10_000, 10_000]
     assert d.images[:, :, :2].sum() == 0 and d.images[0, 0, 2:30, 2:30].any()
 
 
@@ -184,9 +203,8 @@ def small_mnist(folder: Path, kind: int = 8) -> None:
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", 60_000), ("t10k", 10_000)):
-        (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(
-            gzip.compress(struct.pack(">BBBBIII", 0, 0, kind, 3, n, 28, 28) + bytes(n * 784), 1)
-        )
+        (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(
+            struct.pack(">BBBBIII", 0, 0, kind, 3, n, 28, 28) + bytes(n * 784), 1))
         (raw / f"{part}-labels-idx1-ubyte.gz").write_bytes(
             gzip.compress(struct.pack(">BBBBI", 0, 0, kind, 1, n) + bytes(n))
         )
@@ -197,41 +215,48 @@ def test_mnist_reads_idx(tmp_path, monkeypatch):
     monkeypatch.setenv("CONDGEN_DATA", str(tmp_path / "here"))
     before = sorted((tmp_path / "here").rglob("*"))
     d = data.mnist(28)
-    assert d.shape == (1, 28, 28) and d.splits["test"].equal(torch.arange(60_000, 70_000))
-    assert torch.cat([d.splits["train"], d.splits["val"]]).sort().values.equal(torch.arange(60_000))
+    assert (d.shape == (1, 28, 28)
+            and d.splits["test"].equal(torch.arange(60_000, 70_000)))
+    assert torch.cat([d.splits["train"], d.splits["val"]]).sort().values.equal(
+        torch.arange(60_000))
     assert sorted((tmp_path / "here").rglob("*")) == before
     (tmp_path / "here/MNIST/raw/t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bno")
     with pytest.raises(ValueError, match="t10k-images.*damaged"):
         data.mnist()
 
 
-def test_mnist_says_where_it_looked(tmp_path, monkeypatch):
+def test_missing_mnist_error_names_the_folders_searched(tmp_path, monkeypatch):
     import torchvision
 
-    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(FileNotFoundError, match=r"data.*cache.*cannot be downloaded.*CONDGEN_DATA"):
+    monkeypatch.setattr(torchvision.datasets, "MNIST",
+                        lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(FileNotFoundError,
+                       match=r"data.*cache.*cannot be downloaded.*CONDGEN_DATA"):
         data.mnist()
 
 
-# your own images -----------------------------------------------------------------------------------------------------
+# your own images ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("values", "condition"), [
-    ((0, 1, 1, 0), Binary("a")), ((0, 1, 2, 7), Classes("a", 8)), (("x", "y", "x", "z"), Classes("a", 3)),
-    ((0.5, 1, 2, 3), Real("a", 0.5, 3)), ((1, 30, 7, 5), Real("a", 1, 30)), ((-1, 1, 1, -1), Real("a", -1, 1)),
-])  # fmt: skip
+    ((0, 1, 1, 0), Binary("a")), ((0, 1, 2, 7), Classes("a", 8)),
+    (("x", "y", "x", "z"), Classes("a", 3)), ((0.5, 1, 2, 3), Real("a", 0.5, 3)),
+    ((1, 30, 7, 5), Real("a", 1, 30)), ((-1, 1, 1, -1), Real("a", -1, 1))])
 def test_inferred_conditions(tmp_path, values, condition):
     d = data.folder(squares(tmp_path / "a.zip", column("a", *values)), size=8)
     assert d.conditions == Schema([condition])
     back = d.conditions.unpack(d.labels)["a"]
-    want = torch.tensor([sorted(set(values)).index(v) if isinstance(v, str) else v for v in values], dtype=torch.float)
+    want = torch.tensor([sorted(set(values)).index(v) if isinstance(v, str) else v
+                         for v in values], dtype=torch.float)
     assert torch.allclose(back.float(), want, atol=1e-5)
     assert d.values == ({"a": ("x", "y", "z")} if "x" in values else {})
 
 
 def test_names_become_identifiers(tmp_path):
-    table = "file,5 o'clock,class,x\n" + "\n".join(f"{i}.png,{i % 2},{i % 3},{i / 4}" for i in range(10))
-    assert data.folder(squares(tmp_path / "a.zip", table), size=4).conditions.names == ["_5_o_clock", "class_", "x_"]
+    table = "file,5 o'clock,class,x\n" + "\n".join(f"{i}.png,{i % 2},{i % 3},{i / 4}"
+                                                   for i in range(10))
+    assert data.folder(squares(tmp_path / "a.zip", table),
+                       size=4).conditions.names == ["_5_o_clock", "class_", "x_"]
 
 
 def test_schema_columns_and_splits(tmp_path):
@@ -240,8 +265,10 @@ def test_schema_columns_and_splits(tmp_path):
     )
     path = squares(tmp_path / "a.zip", table)
     d = data.folder(path, size=8, conditions=Real("b", 0, 9))
-    assert d.conditions == Schema([Real("b", 0, 9)]) and d.splits["val"].tolist() == [1, 4, 7]
-    assert data.folder(path, size=8, columns=["b"]).conditions == Schema([Classes("b", 4)])
+    assert (d.conditions == Schema([Real("b", 0, 9)])
+            and d.splits["val"].tolist() == [1, 4, 7])
+    assert data.folder(path, size=8, columns=["b"]).conditions == Schema([
+        Classes("b", 4)])
     assert data.folder(path, size=8, columns=[]).conditions == Schema()
     with pytest.raises(ValueError, match="no column 'bb'.*did you mean 'b'"):
         data.folder(path, columns=["bb"])
@@ -261,35 +288,38 @@ def test_folder_and_zip_are_the_same(tmp_path):
         z.extractall(tmp_path / "a")
     one, two = data.folder(path, size=8), data.folder(tmp_path / "a", size=8)
     assert one.sha256 == two.sha256 and one.name == two.name == "a"
-    assert [len(one.splits[s]) for s in data.SPLITS] == [8, 1, 1]
+    assert [len(one.splits[s]) for s in folders.SPLITS] == [8, 1, 1]
     (tmp_path / "a/labels.csv").unlink()
     assert data.folder(tmp_path / "a", size=8).conditions == Schema()
 
 
 def test_parts_depend_on_names_only():
     names = [f"{i}.png" for i in range(100)]
-    assert data.shares(names) == data.shares(names[::-1])
-    assert [list(data.shares(names).values()).count(s) for s in data.SPLITS] == [80, 10, 10]
-    assert set(data.shares(["a", "b"]).values()) == {"train"}
+    assert folders.assign_splits(names) == folders.assign_splits(names[::-1])
+    assert [list(folders.assign_splits(names).values()).count(s)
+            for s in folders.SPLITS] == [80, 10, 10]
+    assert set(folders.assign_splits(["a", "b"]).values()) == {"train"}
 
 
 def test_modes_and_crop(tmp_path):
-    grey = {"a.png": picture("L"), "b.png": picture("I;16", color=51200), "c.jpg": picture("L", kind="JPEG")}
+    grey = {"a.png": picture("L"), "b.png": picture("I;16", color=51200),
+            "c.jpg": picture("L", kind="JPEG")}
     d = data.folder(archive(tmp_path / "g.zip", grey), size=8)
     assert d.shape == (1, 8, 8) and ((d.images.int() - 200).abs() <= 1).all()
-    mixed = {**grey, "d.png": picture("RGBA", color=(1, 2, 3, 255)), "e.gif": picture("P", color=0, kind="GIF")}
+    mixed = {**grey, "d.png": picture("RGBA", color=(1, 2, 3, 255)),
+             "e.gif": picture("P", color=0, kind="GIF")}
     assert data.folder(archive(tmp_path / "m.zip", mixed), size=8).shape == (3, 8, 8)
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
     stream = io.BytesIO()
     Image.fromarray(wide).save(stream, "PNG")
-    assert (data.folder(archive(tmp_path / "w.zip", {"w.png": stream.getvalue()}), size=None).images == 255).all()
+    assert (data.folder(archive(tmp_path / "w.zip", {"w.png": stream.getvalue()}),
+                        size=None).images == 255).all()
 
 
 @pytest.mark.parametrize(("name", "bad"), [
-    ("../a.png", "with .."), ("b/../../a.png", "with .."), ("/a.png", "absolute"), ("C:\\a.png", "absolute"),
-    ("..\\a.png", "with .."),
-])  # fmt: skip
+    ("../a.png", "with .."), ("b/../../a.png", "with .."), ("/a.png", "absolute"),
+    ("C:\\a.png", "absolute"), ("..\\a.png", "with ..")])
 def test_unsafe_names(tmp_path, name, bad):
     with pytest.raises(ValueError, match=bad):
         data.folder(archive(tmp_path / "a.zip", {"ok.png": picture(), name: picture()}))
@@ -301,6 +331,14 @@ def test_unsafe_names(tmp_path, name, bad):
         data.folder(tmp_path / "f")
 
 
+@pytest.mark.parametrize("size", [0, 4097, 8.0, "8", True])
+def test_sizes_of_own_images_are_refused(tmp_path, size):
+    path = archive(tmp_path / "a.zip", {"a.png": picture()})
+    with pytest.raises(ValueError, match="size=.*; accepted"):
+        data.folder(path, size=size)
+    assert data.folder(path, size=np.int64(8)).shape[1:] == (8, 8)
+
+
 def test_links_and_bombs(tmp_path, monkeypatch):
     link = zipfile.ZipInfo("link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -308,31 +346,36 @@ def test_links_and_bombs(tmp_path, monkeypatch):
         z.writestr(link, "target")
     with pytest.raises(ValueError, match="'link.png' is a link"):
         data.folder(tmp_path / "l.zip")
-    bomb = archive(tmp_path / "b.zip", {"bomb.png": bytes(data.MEMBER + 1)})
+    bomb = archive(tmp_path / "b.zip", {"bomb.png": bytes(folders.MAX_FILE_BYTES + 1)})
     assert bomb.stat().st_size < 200_000
     with pytest.raises(ValueError, match="'bomb.png' is 64 MB large"):
         data.folder(bomb)
-    raw = bytearray(bomb.read_bytes())  # a member that lies about its size in both headers
+    # a member that lies about its size in both headers
+    raw = bytearray(bomb.read_bytes())
     for at in (22, raw.rindex(b"PK\x01\x02") + 24):
         raw[at : at + 4] = struct.pack("<I", 100)
     bomb.write_bytes(raw)
     with pytest.raises(ValueError, match="bomb.png"):
         data.folder(bomb)
-    monkeypatch.setattr(data, "PIXELS", 100)
+    monkeypatch.setattr(folders, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="'a.png'.*12 × 9 pixels"):
         data.folder(archive(tmp_path / "p.zip", {"a.png": picture()}))
 
 
 @pytest.mark.parametrize(("table", "message"), [
-    ("", "no column 'file'"), ("file,a\n", "no rows"), ("fil,a\n0.png,1\n", "no column 'file'"),
-    ("file,a,a\n0.png,1,2\n", "'a' is there twice"), (column("a", "") , "'0.png' is ''"),
-    (column("a", 1, "nan"), "'1.png' is 'nan'"), (column("a", 2, "inf"), "'1.png' is 'inf'"),
+    ("", "no column 'file'"), ("file,a\n", "no rows"),
+    ("fil,a\n0.png,1\n", "no column 'file'"),
+    ("file,a,a\n0.png,1,2\n", "'a' is there twice"),
+    (column("a", "") , "'0.png' is ''"), (column("a", 1, "nan"), "'1.png' is 'nan'"),
+    (column("a", 2, "inf"), "'1.png' is 'inf'"),
     (column("a", 1.5, 1.5), "1.5 only"), ("file,a\n0.png,1,2\n", "row 1 has 3"),
-    ("file,a\n0.png,1\n0.png,0\n", "'0.png' is there 2 times"), (b"file\n\xff\xfe", "UTF-8"),
-    ("file,a\n0.png,1\n777.png,1\n778.png,1\n", r"2 files are missing, the first is '777.png'"),
-    ("file\n" + "\n".join(f"{i}.png" for i in range(10)) + "\n", None), ("file,a\n\"0.png,1\n", "CSV"),
-    ("file,a\n" + "\n".join(f"{i}.png,text{i}" for i in range(101)), "101 different texts"),
-])  # fmt: skip
+    ("file,a\n0.png,1\n0.png,0\n", "'0.png' is there 2 times"),
+    (b"file\n\xff\xfe", "UTF-8"), ("file,a\n0.png,1\n777.png,1\n778.png,1\n",
+                                   r"2 files are missing, the first is '777.png'"),
+    ("file\n" + "\n".join(f"{i}.png" for i in range(10)) + "\n", None),
+    ("file,a\n\"0.png,1\n", "CSV"),
+    ("file,a\n" + "\n".join(f"{i}.png,text{i}" for i in range(101)),
+     "101 different texts")])
 def test_tables(tmp_path, table, message):
     path = squares(tmp_path / "a.zip", table, n=101)
     if message is None:
@@ -344,8 +387,10 @@ def test_tables(tmp_path, table, message):
 
 def test_broken_files(tmp_path):
     with pytest.raises(ValueError, match=r"'b.png' is not an image"):
-        data.folder(archive(tmp_path / "a.zip", {"a.png": picture(), "b.png": picture()[:40]}))
-    raw = bytearray(archive(tmp_path / "c.zip", {"c.png": os.urandom(500)}).read_bytes())
+        data.folder(archive(tmp_path / "a.zip",
+                            {"a.png": picture(), "b.png": picture()[:40]}))
+    raw = bytearray(
+        archive(tmp_path / "c.zip", {"c.png": os.urandom(500)}).read_bytes())
     raw[100] ^= 255
     (tmp_path / "c.zip").write_bytes(raw)
     with pytest.raises(ValueError, match=r"'c.png' cannot be read"):
@@ -359,7 +404,8 @@ def test_broken_files(tmp_path):
         with pytest.raises(error):
             data.folder(path)
     with pytest.raises(FileNotFoundError, match="l.csv"):
-        data.folder(archive(tmp_path / "a.zip", {"a.png": picture()}), tmp_path / "l.csv")
+        data.folder(archive(tmp_path / "a.zip", {"a.png": picture()}),
+                    tmp_path / "l.csv")
     with (
         pytest.raises(ValueError, match="twice"),
         pytest.warns(UserWarning),
@@ -370,21 +416,22 @@ def test_broken_files(tmp_path):
 
 
 cells = st.one_of(
-    st.sampled_from(["0", "1", "2", "x", "nan", "", "1e999", "-3.5", '"', "a,b", "9" * 30, "train", "0x1"]),
-    st.text(max_size=5),
+    st.sampled_from(["0", "1", "2", "x", "nan", "", "1e999", "-3.5", '"', "a,b",
+                     "9" * 30, "train", "0x1"]), st.text(max_size=5),
 )
 
 
 @laws
 @given(
-    st.lists(st.sampled_from(["file", "split", "a", "n", "class", "", "5"]), max_size=4),
-    st.lists(st.lists(cells, max_size=4), max_size=5),
-    st.integers(0, 4),
+    st.lists(st.sampled_from(["file", "split", "a", "n", "class", "", "5"]),
+             max_size=4),
+    st.lists(st.lists(cells, max_size=4), max_size=5), st.integers(0, 4),
 )
 @example(["file", "a"], [["9" * 400], ["1"]], 2)
 def test_any_table_is_read_or_refused(tmp_path, head, rows, n):
     """Rows that begin with existing files, then anything."""
-    lines = [",".join(head), *(",".join([f"{i}.png", *row]) for i, row in enumerate(rows))]
+    lines = [",".join(head),
+             *(",".join([f"{i}.png", *row]) for i, row in enumerate(rows))]
     read(tmp_path, "\n".join(lines).encode("utf-8", "surrogatepass"), n)
 
 
@@ -410,7 +457,7 @@ def read(tmp_path: Path, raw: bytes, n: int) -> None:
         assert len(d.images) == len(d.labels) > 0 and torch.isfinite(d.labels).all()
 
 
-# prepared sets -------------------------------------------------------------------------------------------------------
+# prepared sets ------------------------------------------------------------------------
 
 
 def put(path: Path, raw: bytes | str) -> None:
@@ -423,50 +470,71 @@ def test_celeba(tmp_path):
     for f in files:
         put(src / "Img/img_align_celeba" / f, picture(size=(178, 218), kind="JPEG"))
     put(
-        src / "Anno/list_attr_celeba.txt",
-        "4\n5_o_Clock_Shadow Smiling \n" + "".join(f"{f} {'-1 ' if i % 2 else ' 1 '} 1\n" for i, f in enumerate(files)),
+        src / "Anno/list_attr_celeba.txt", "4\n5_o_Clock_Shadow Smiling \n" + "".join(
+            f"{f} {'-1 ' if i % 2 else ' 1 '} 1\n" for i, f in enumerate(files)),
     )
-    put(src / "Anno/identity_CelebA.txt", "".join(f"{f} {i // 2 + 7}\n" for i, f in enumerate(files)))
-    put(src / "Eval/list_eval_partition.txt", "".join(f"{f} {max(0, i - 1)}\n" for i, f in enumerate(files)))
-    assert data.prepare("celeba", src) == data.home() / "celeba64"
+    put(src / "Anno/identity_CelebA.txt",
+        "".join(f"{f} {i // 2 + 7}\n" for i, f in enumerate(files)))
+    put(src / "Eval/list_eval_partition.txt",
+        "".join(f"{f} {max(0, i - 1)}\n" for i, f in enumerate(files)))
+    assert downloads.prepare("celeba", src) == folders.data_folder() / "celeba64"
     d = data.load("celeba64")
-    assert d.conditions == Schema([Binary("_5_o_Clock_Shadow"), Binary("Smiling")]) and d.shape == (3, 64, 64)
-    assert d.labels.tolist() == [[1, 1], [0, 1], [1, 1], [0, 1]] and d.splits["train"].tolist() == [0, 1]
-    assert data.prepared("celeba64", columns=["identity"]).conditions == Schema([Classes("identity", 9)])
+    assert (d.conditions == Schema([Binary("_5_o_Clock_Shadow"), Binary("Smiling")])
+            and d.shape == (3, 64, 64))
+    assert (d.labels.tolist() == [[1, 1], [0, 1], [1, 1], [0, 1]]
+            and d.splits["train"].tolist() == [0, 1])
+    assert data.prepared("celeba64", columns=["identity"]).conditions == Schema([
+        Classes("identity", 9)])
     (src / "Anno/identity_CelebA.txt").unlink()
     with pytest.raises(FileNotFoundError, match="identity_CelebA.txt"):
-        data.prepare("celeba", src)
+        downloads.prepare("celeba", src)
 
 
 def test_lfw(tmp_path):
     for k in range(12):
         for i in (1, 2):
-            put(tmp_path / f"lfw/lfw_funneled/A_{k}/A_{k}_{i:04}.jpg", picture(size=(250, 250), kind="JPEG"))
-    data.prepare("lfw", tmp_path / "lfw", size=16)
+            put(tmp_path / f"lfw/lfw_funneled/A_{k}/A_{k}_{i:04}.jpg",
+                picture(size=(250, 250), kind="JPEG"))
+    downloads.prepare("lfw", tmp_path / "lfw", size=16)
     d = data.prepared("lfw16", columns=["identity"])
     who = d.conditions.unpack(d.labels)["identity"]
     assert d.shape == (3, 16, 16) and d.conditions == Schema([Classes("identity", 12)])
-    parts = [set(who[d.splits[s]].tolist()) for s in data.SPLITS]
+    parts = [set(who[d.splits[s]].tolist()) for s in folders.SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 12
     assert data.load("lfw16", 8).conditions == Schema()
 
 
 def test_utkface(tmp_path):
     for i, age in enumerate([1, 26, 116, 40]):
-        put(tmp_path / f"u/part{i % 2}/{age}_{i % 2}_{i}_2017.jpg.chip.jpg", picture(size=(200, 200), kind="JPEG"))
+        put(tmp_path / f"u/part{i % 2}/{age}_{i % 2}_{i}_2017.jpg.chip.jpg",
+            picture(size=(200, 200), kind="JPEG"))
     put(tmp_path / "u/61_1_20170109.jpg", picture(kind="JPEG"))
     with pytest.warns(UserWarning, match="1 files have no labels.*61_1_2017"):
-        data.prepare("utkface", tmp_path / "u", tmp_path / "data", 8)
+        downloads.prepare("utkface", tmp_path / "u", tmp_path / "data", 8)
     d = data.load("utkface8")
-    assert d.conditions == Schema([Real("age", 1, 116), Binary("gender"), Classes("race", 4)])
+    assert d.conditions == Schema([Real("age", 1, 116), Binary("gender"),
+                                   Classes("race", 4)])
 
 
 def test_prepare_refuses(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'celeba'"):
-        data.prepare("celebA", tmp_path)
+        downloads.prepare("celebA", tmp_path)
     with pytest.raises(FileNotFoundError, match="not a folder"):
-        data.prepare("lfw", tmp_path / "none")
+        downloads.prepare("lfw", tmp_path / "none")
     with pytest.raises(ValueError, match="no images"):
-        data.prepare("lfw", tmp_path)
+        downloads.prepare("lfw", tmp_path)
     with pytest.raises(FileNotFoundError, match="no prepared set 'lfw64'"):
         data.prepared("lfw64")
+
+
+def test_drawn_sets_are_known_by_how_they_were_drawn():
+    """Rounding differs between processors; other factors or another drawing count."""
+    from condgen import data as module
+    from condgen.data import portraits
+
+    one = portraits(size=16, n=60, identities=3)
+    other = replace(one, images=one.images.clamp(max=254))
+    assert other.sha256 == one.sha256 != replace(one, drawn="").sha256
+    assert portraits(size=16, n=60, identities=4).sha256 != one.sha256
+    assert replace(one, drawn=one.drawn.replace("drawing 1", "drawing 2")).sha256 != one.sha256
+    assert f"drawing {module.DRAWING}" in one.drawn

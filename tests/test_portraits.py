@@ -1,22 +1,39 @@
-"""Two hundred people: who is who in the portraits, measures with known answers, and all experiments on few images."""
+"""The portraits, measures with known answers, editors, and all
+experiments on few images.
+"""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from condgen import lab as lab_module
 from condgen import recipes
-from condgen.contracts import Batch, Classes, Noise
-from condgen.data import KEPT, WORN, portraits
+from condgen.conditions import Binary, Classes, Code, Schema
+from condgen.contracts import Batch, Noise
+from condgen.data import IDENTITY_FACTORS, IMAGE_ATTRIBUTES, portraits
+from condgen.evaluation import Predictions
+from condgen.experiments import portrait_edits, portrait_latents
 from condgen.experiments import portraits as tables
-from condgen.experiments.portraits import JUDGED, Faces, manipulations, ordering, pearson, readers, render_all
-from condgen.faces import EXCLUSIVE, FACTORS, draw
-from condgen.models.classifier import FaceJudge, Judge
+from condgen.experiments.portrait_edits import (
+    EVALUATED_ATTRIBUTES, cglow_editor, directions_editor, encoder_editor,
+    render_portraits, sample_attribute_switches)
+from condgen.experiments.portrait_latents import correlation, factor_regressions
+from condgen.experiments.portraits import (
+    check_ordering, choose_temperature_for, paper_claims, rows_by_point)
+from condgen.faces import EXCLUSIVE_ATTRIBUTES, FACTORS, sample_factors
+from condgen.lab import Lab
+from condgen.models.caglow import CAGlow
+from condgen.models.cglow import CGlow
+from condgen.models.classifier import Evaluator, FaceEvaluator
+from condgen.models.glow import Glow
 from condgen.results import row
 
-SMALL = portraits
 SET = {"size": 16, "n": 240, "identities": 6}
+MODULES = (tables, portrait_edits, portrait_latents)
+EXPERIMENTS = {e.name: e for module in MODULES for e in module.EXPERIMENTS}
 
 
 @pytest.fixture(scope="module")
@@ -25,42 +42,51 @@ def album():
     return data, FACTORS.pack(len(data.images), **known.conditions.unpack(known.labels))
 
 
-def test_people_keep_what_stays_and_change_what_is_worn(album):
+def test_fixed_factors_are_constant_and_others_vary(album):
     data, factors = album
     known = FACTORS.unpack(factors)
-    assert list(data.conditions.names) == ["identity", *WORN]
+    assert list(data.conditions.names) == ["identity", *IMAGE_ATTRIBUTES]
     for k in range(SET["identities"]):
         own = known["identity"] == k
-        assert own.sum() > 10 and all(known[name][own].unique().numel() == 1 for name in KEPT)
-        assert known["glasses"][own].unique().numel() == 2 and known["background"][own].unique().numel() > 10
+        assert own.sum() > 10
+        assert all(known[name][own].unique().numel() == 1 for name in IDENTITY_FACTORS)
+        assert known["glasses"][own].unique().numel() == 2
+        assert known["background"][own].unique().numel() > 10
     assert bool((known["age"] >= 18).all())
-    assert not any((sum(known[name] for name in group) > 1).any() for group in EXCLUSIVE)
-    parts = [set(data.conditions.unpack(data.labels[data.indices(s)])["identity"].tolist()) for s in data.splits]
+    assert not any((sum(known[name] for name in group) > 1).any()
+                   for group in EXCLUSIVE_ATTRIBUTES)
+    parts = [
+        set(data.conditions.unpack(data.labels[data.indices(s)])["identity"].tolist())
+        for s in data.splits]
     assert all(part == set(range(SET["identities"])) for part in parts)
 
 
-def test_with_enough_people_beards_are_men_s():
-    """Each picture finds somebody of its kind."""
+def test_only_men_have_beards():
+    """Each image is given to a person of its kind."""
     known = portraits(**SET | {"n": 400, "identities": 100}, columns=FACTORS.names)
     factors = known.conditions.unpack(known.labels)
-    assert factors["beard"].any() and not (factors["beard"] * (1 - factors["masculine"])).any()
+    assert factors["beard"].any()
+    assert not (factors["beard"] * (1 - factors["masculine"])).any()
 
 
-def test_portraits_are_the_pictures_of_their_factors(album):
+def test_portraits_equal_rendered_factors(album):
     data, factors = album
-    assert torch.equal(render_all(factors[:20], 16), data.images[:20].float() / 255)
+    x, c = render_portraits(data, factors[:20])
+    assert torch.equal(x, data.images[:20].float() / 255)
+    assert torch.equal(c, data.labels[:20])
     assert portraits(**SET).sha256 == data.sha256
 
 
-@pytest.mark.parametrize("given, said", [({"identities": 1000}, "256"), ({"size": 8}, "16 to 256"), ({"n": 0}, "n=0"),
-                                         ({"columns": ["hatt"]}, "hat")])
+@pytest.mark.parametrize("given, said", [
+    ({"identities": 1000}, "256"), ({"size": 8}, "16 to 256"), ({"n": 0}, "n=0"),
+    ({"columns": ["hatt"]}, "hat")])
 def test_portraits_refuse(given, said):
     with pytest.raises(ValueError, match=said):
         portraits(**{**SET, **given})
 
 
 class Planted(nn.Module):
-    """A judge of pictures that contain what it should read."""
+    """An evaluator of images that contain its logits."""
 
     def __init__(self, conditions):
         super().__init__()
@@ -71,125 +97,251 @@ class Planted(nn.Module):
 
 
 def seen(c, conditions, asked=None):
-    return Faces((20 * c - 10)[:, :, None, None], c if asked is None else asked, Planted(conditions))
+    x = (20 * c - 10)[:, :, None, None]
+    return Predictions(x, c if asked is None else asked, Planted(conditions))
 
 
-def test_accuracies_of_a_planted_judge(album):
+def test_accuracies_of_known_predictions(album):
     data, _ = album
     c = data.labels
-    assert seen(c, data.conditions).accuracies() == {"identity_accuracy": 1.0, "attribute_accuracy": 1.0}
+    right = {"identity_accuracy": 1.0, "attribute_accuracy": 1.0}
+    assert seen(c, data.conditions).accuracies() == right
     bare = c.clone()
     bare[:, SET["identities"] :] = 0
-    lazy = seen(bare, data.conditions, c)
-    assert lazy.accuracies() == {"identity_accuracy": 1.0, "attribute_accuracy": 0.5}
+    never = seen(bare, data.conditions, c)
+    assert never.accuracies() == {**right, "attribute_accuracy": 0.5}
     others = c.clone()
     others[:, : SET["identities"]] = others[:, : SET["identities"]].roll(1, 1)
-    assert seen(others, data.conditions, c).accuracies() == {"identity_accuracy": 0.0, "attribute_accuracy": 1.0}
-    assert set(lazy.each()) == set(WORN)
+    found = seen(others, data.conditions, c).accuracies()
+    assert found == {**right, "identity_accuracy": 0.0}
+    assert set(never.attribute_accuracies()) == set(IMAGE_ATTRIBUTES)
 
 
-def test_against_itself_there_is_no_distance_and_full_diversity(album):
+def test_images_against_themselves_have_distance_0_diversity_1(album):
     data, _ = album
-    noise = 0.1 * torch.randn(len(data.labels), data.labels.shape[1], generator=torch.Generator().manual_seed(0))
-    real = Faces((20 * data.labels - 10 + noise)[:, :, None, None], data.labels, Planted(data.conditions))
-    found = real.against(real)
-    assert found["frechet"] < 1e-6 and found["diversity_pixel"] == pytest.approx(1) == found["diversity_feature"]
-    still = Faces(torch.stack([real.x[(data.labels[:, k] > 0).nonzero()[0, 0]] for k in
-                               data.labels[:, : SET["identities"]].argmax(1)]), data.labels, real.judge)
-    assert still.against(real)["diversity_pixel"] == 0
+    g = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(len(data.labels), data.labels.shape[1], generator=g)
+    x = (20 * data.labels - 10 + noise)[:, :, None, None]
+    real = Predictions(x, data.labels, Planted(data.conditions))
+    found = real.compare_with(real)
+    assert found["frechet"] < 1e-6
+    assert found["diversity_pixel"] == pytest.approx(1) == found["diversity_feature"]
+    first = [(data.labels[:, k] > 0).nonzero()[0, 0]
+             for k in data.labels[:, : SET["identities"]].argmax(1)]
+    still = Predictions(torch.stack([real.x[i] for i in first]), data.labels,
+                     real.evaluator)
+    assert still.compare_with(real)["diversity_pixel"] == 0
 
 
-def test_each_manipulation_switches_one_attribute_that_can_be_switched():
-    rows = draw(500, torch.Generator().manual_seed(0))
-    order, states = manipulations(rows, 4, torch.Generator().manual_seed(1))
-    values = torch.stack([torch.stack([FACTORS.unpack(state)[name] for name in JUDGED], 1) for state in states])
+class Copy:
+    """A model that returns the logits of its conditions, and
+    noise times temperature.
+    """
+
+    def __init__(self, conditions):
+        self.conditions, self.tried = conditions, []
+
+    def sample(self, n, temperature, generator, **given):
+        self.tried.append(temperature)
+        c = self.conditions.pack(n, **given)
+        noise = torch.randn(n, c.shape[1], generator=generator)
+        return (20 * (c - 0.5) + temperature * noise)[:, :, None, None]
+
+
+def test_temperature_needs_diversity_then_accuracy():
+    schema = Schema([Classes("identity", 3), Binary("hat")])
+    model, data = Copy(schema), SimpleNamespace(conditions=schema)
+    c = schema.pack(300, identity=torch.arange(300) % 3, hat=0)
+    noise = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+    real = Predictions((20 * (c - 0.5) + noise)[:, :, None, None], c, Planted(schema))
+    choose = lambda *t, **more: choose_temperature_for(real, model, data, t, 0, **more)
+    # too little diversity, enough, too little accuracy
+    assert choose(0.3, 1.0, 9.0) == 1.0
+    assert choose(0.2, 0.5) == 0.5  # the largest diversity where none is enough
+    assert choose(0.3, 1.0, 2.0, rule="distance") == 1.0
+    tried = len(model.tried)
+    assert choose(0.7) == 0.7 and len(model.tried) == tried  # no choice, no samples
+
+
+def test_each_switch_changes_one_allowed_attribute():
+    rows = sample_factors(500, torch.Generator().manual_seed(0))
+    order, states = sample_attribute_switches(rows, 4, torch.Generator().manual_seed(1))
+    values = torch.stack([
+        torch.stack([FACTORS.unpack(state)[name] for name in EVALUATED_ATTRIBUTES], 1)
+        for state in states])
     changed = values[1:] != values[:-1]
     assert torch.equal(changed.sum(2), torch.ones(4, 500, dtype=torch.long))
     assert torch.equal(changed.int().argmax(2).T, order)
-    at = {name: j for j, name in enumerate(JUDGED)}
+    at = {name: j for j, name in enumerate(EVALUATED_ATTRIBUTES)}
     assert not (values[:, :, at["glasses"]] * values[:, :, at["sunglasses"]]).any()
     before = FACTORS.unpack(rows)
-    kept = [name for name in FACTORS.names if name not in (*WORN, "frown")]
-    assert all(torch.equal(FACTORS.unpack(states[-1])[name], before[name]) for name in kept)
+    kept = [name for name in FACTORS.names if name not in (*IMAGE_ATTRIBUTES, "frown")]
+    assert all(torch.equal(FACTORS.unpack(states[-1])[name], before[name])
+               for name in kept)
     assert not (order[before["masculine"] == 0] == at["beard"]).any()
     assert not (order[before["bald"] > 0] == at["long_hair"]).any()
-    assert len(order.unique()) == len(JUDGED)
+    assert len(order.unique()) == len(EVALUATED_ATTRIBUTES)
     smiling = before["smile"] > 0
     assert smiling.any() and not (order[smiling] == at["laugh"]).any()
+
+
+SCHEMA = Schema([Classes("identity", 3), Binary("hat")])
+FLOW = {"levels": 2, "depth": 1, "width": 8}
+
+
+def small_editors():
+    """An editor of each kind on untrained models of 16 pixels."""
+    torch.manual_seed(0)
+    glow, cglow = Glow((3, 16, 16), **FLOW), CGlow((3, 16, 16), SCHEMA, **FLOW)
+    conditions = SCHEMA + (Code("u", 2),)
+    large = CAGlow((3, 16, 16), conditions, **FLOW)
+    paper = CAGlow((3, 16, 16), conditions, **FLOW, latent="top", networks="paper")
+    nn.init.normal_(large.encoder.mean, std=0.5)
+    nn.init.normal_(cglow.prior_weight, std=0.5)
+    return {"CGlow": cglow_editor(cglow),
+            "Glow+store": directions_editor(glow, torch.ones(1, 3 * 256), 0.5),
+            "CAGlow": encoder_editor(large, SCHEMA, 0),
+            "CAGlow, paper": encoder_editor(paper, SCHEMA, 0)}
+
+
+@pytest.mark.parametrize("name", small_editors())
+def test_edit_to_the_same_conditions_returns_the_image(name):
+    edit = small_editors()[name]
+    x = torch.randint(256, (6, 3, 16, 16)).float() / 255
+    c = SCHEMA.pack(6, identity=[0, 1, 2, 0, 1, 2], hat=[0, 1, 0, 1, 0, 1])
+    new = torch.cat([c[:, :-1], 1 - c[:, -1:]], 1)
+    assert (edit(x, c, c) - x).abs().max() < 5e-3
+    assert (edit(x, c, new) - x).abs().max() > 1e-2
+    assert not edit(x, c, new).requires_grad
 
 
 def test_orderings():
     made = lambda model, values: row(model, "frechet", 0.0) | {"values": values}
     rows = [made("A", [1.0, 1.2, 1.1]), made("B", [2.0, 2.1, 2.3])]
-    mean, low, high, verdict = ordering(rows, "frechet", {}, ("A", ""), ("B", ""))
-    assert mean == pytest.approx(3.1 / 3) and low < mean < high and verdict == "holds"  # lower is better
-    assert ordering(rows, "frechet", {}, ("B", ""), ("A", ""))[3] == "does not hold"
+    a, b = ("A", ""), ("B", "")
+    mean, low, high, verdict = check_ordering(rows, "frechet", {}, a, b)
+    assert mean == pytest.approx(3.1 / 3) and low < mean < high
+    assert verdict == "holds"  # lower is better
+    assert check_ordering(rows, "frechet", {}, b, a)[3] == "does not hold"
     one = [made("A", [1.0]), made("B", [2.0])]
-    assert ordering(one, "frechet", {}, ("A", ""), ("B", ""))[1:] == (None, None, "open")
+    assert check_ordering(one, "frechet", {}, a, b)[1:] == (None, None, "open")
     with pytest.raises(ValueError, match="no row of C"):
-        ordering(rows, "frechet", {}, ("C", ""), ("B", ""))
-    for name, metric, at, better, worse in tables.claims():
-        assert f"caglow/{name}" in recipes.EXPERIMENTS and better != worse
-        made_up = [row(*model[:1], metric, 1.0, model[1], at) for model in (better, worse)]
-        assert ordering(made_up, metric, at, better, worse)[0] == 0
+        check_ordering(rows, "frechet", {}, ("C", ""), b)
 
 
-def test_a_judge_of_faces_sees_mirrored_pictures_and_no_others():
-    judge = FaceJudge((3, 16, 16), [Classes("identity", 5)])
+@pytest.mark.parametrize("claim", paper_claims(), ids=str)
+def test_every_claim_names_an_experiment(claim):
+    assert claim.experiment in EXPERIMENTS and claim.better != claim.worse
+    equal = [row(model, claim.metric, 1.0, variant, claim.at)
+             for model, variant in (claim.better, claim.worse)]
+    assert check_ordering(equal, *claim[1:])[0] == 0
+
+
+def test_rows_by_point_gives_a_line_for_each_value():
+    rows = [row(model, metric, 1.0, "", {"t": t, "along": along}, n=t)
+            for model in "AB" for t in (0, 1) for along in ("hat", "identity")
+            for metric in ("mae", "accuracy")]
+    found = rows_by_point("mae", "t", along="hat")(rows)
+    assert [(r["model"], r["at"]["model"]) for r in found] == [
+        ("0", "A"), ("1", "A"), ("0", "B"), ("1", "B")]
+    assert ({r["metric"] for r in found} == {"mae"}
+            and not any(r["protocol"] for r in found))
+
+
+def test_face_evaluator_is_trained_on_mirrored_images_only():
+    evaluator = FaceEvaluator((3, 16, 16), [Classes("identity", 5)])
     x, c = torch.rand(64, 3, 16, 16), torch.eye(5)[torch.arange(64) % 5]
     shown = []
-    judge.trunk.register_forward_hook(lambda _, given, __: shown.append(given[0]))
-    for model in (judge, Judge.loss):
-        loss = judge.loss if model is judge else lambda batch: Judge.loss(judge, batch)
+    evaluator.trunk.register_forward_hook(lambda _, given, __: shown.append(given[0]))
+    plain = lambda batch: Evaluator.loss(evaluator, batch)
+    for loss in (evaluator.loss, plain):
         loss(Batch({"x": x, "c": c}, Noise((0,), slice(None), 64)))
     same, mirrored = ((shown[0] == y).flatten(1).all(1) for y in (x, x.flip(3)))
     assert bool((same ^ mirrored).all()) and 16 < same.sum() < 48
     assert not (shown[1] == x).flatten(1).all(1).any()
 
 
-def test_readers_read_light_from_pixels():
+def test_ridge_regression_predicts_light_from_pixels():
     many = {"size": 16, "n": 900, "identities": 6}
     data, known = portraits(**many), portraits(**many, columns=FACTORS.names)
     factors = FACTORS.pack(900, **known.conditions.unpack(known.labels))
-    truth = FACTORS.unpack(factors[data.indices("test")])
-    read = readers(data, factors, ("light", "yaw"))
-    assert pearson(read["light"](data.images_of("test")), truth["light"]) > 0.9
-    assert pearson(torch.arange(5.0), -torch.arange(5.0)) == pytest.approx(-1)
+    light = FACTORS.unpack(factors[data.indices("test")])["light"]
+    predict = factor_regressions(data, factors, ("light", "yaw"))
+    assert correlation(predict["light"](data.split_images("test")), light) > 0.9
+    assert correlation(torch.arange(5.0), -torch.arange(5.0)) == pytest.approx(-1)
+
+
+@pytest.fixture
+def six_people(monkeypatch):
+    """Six people of 16 pixels at tier `tiny`, and flows of two levels."""
+    cached = (tables.portraits_of, tables.faces_for_training,
+              tables.portraits_with_factors)
+    clear = lambda: [f.cache_clear() for f in cached]
+    clear()
+    monkeypatch.setitem(tables.PORTRAIT_OPTIONS, "tiny", SET)
+    monkeypatch.setattr(portrait_latents, "FIGURE_PEOPLE", (3, 4, 2, 1))
+    small = {r.name: replace(r, arguments={"tiny": {**r.arguments["tiny"], **FLOW}})
+             if r.arguments else r for r in tables.RECIPES}
+    lists = {"RECIPES": small, "EXPERIMENTS": EXPERIMENTS}
+    for module in (lab_module, recipes):
+        monkeypatch.setattr(module, "declared", lists.__getitem__)
+    yield
+    clear()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of run folders that the experiments share."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def few_rounds(name, runs):
+    """The lab and rows of an experiment after three rounds of each training."""
+    lab = Lab(EXPERIMENTS[name], "tiny", 0, runs, progress=False, rounds=3)
+    rows = lab.experiment.run(lab)
+    found = {(r["model"], r["variant"], r["metric"], *r["at"].values()): r
+             for r in rows}
+    assert len(found) == len(rows)
+    assert all(torch.tensor(r["value"]).isfinite() for r in rows)
+    return lab, found
 
 
 @pytest.mark.slow
-def test_all_experiments_run_through(monkeypatch, tmp_path):
-    """Six people, a few rounds of each training: every number is there, and every picture is drawn."""
-    for module in (recipes, tables):
-        monkeypatch.setattr(module, "portraits", lambda **k: SMALL(**{**SET, **k}))
-    for cached in (recipes.faces_to_train, tables.truth):
-        cached.cache_clear()
-    monkeypatch.setattr(tables, "SHOWN", (3, 4, 2, 1))
-    monkeypatch.setattr(recipes, "face_flow", lambda tier: {"levels": 2, "depth": 1, "width": 8})
-    tables.CHOSEN.clear()
-    lengths = {"judge": 64, "flow": 128, "adversarial": 160}
-    for name in recipes.FACES_ON_DEMAND:
-        plan = recipes.RECIPES[name]
-        images = {"tiny": {stage: lengths[stage] for stage in plan.images["tiny"]}}
-        monkeypatch.setitem(recipes.RECIPES, name, replace(plan, images=images))
-    lab, found = recipes.Lab("tiny", 0, tmp_path / "runs", progress=False), {}
-    for name in ("table1-faces", "table2", "table3", "fig1", "fig3", "fig4", "fig5", "fig7", "cost"):
-        rows = recipes.EXPERIMENTS[f"caglow/{name}"].run(lab)
-        keys = [(r["model"], r["variant"], r["metric"], tuple(r["at"].values())) for r in rows]
-        assert len(set(keys)) == len(keys) and all(torch.tensor(r["value"]).isfinite() for r in rows), name
-        found |= {(name, *key): r for key, r in zip(keys, rows, strict=True)}
-    for model in (("CGlow", ""), ("CAGlow", "corrected"), ("CAGlow", "literal")):
-        for metric in ("identity_accuracy", "attribute_accuracy", "diversity_pixel", "frechet", "temperature"):
-            assert ("table1-faces", *model, metric, ()) in found
-        assert ("table3", *model, "interference", (4, "start, L − 1")) in found
-        assert found["cost", *model, "seconds", ()]["value"] > 0
-    assert found["table3", "drawn", "", "mae", (4,)]["value"] == 0
-    assert all(r["value"] == 0 for key, r in found.items() if key[:2] == ("fig4", "drawn") and key[3] == "mae")
-    assert found["table1-faces", "CAGlow", "literal", "frechet", ()]["paper"] is None
-    for name in ("fig3", "fig4", "fig5", "fig7"):
-        path = tmp_path / f"{name}.json"
-        assert recipes.reproduce(f"caglow/{name}", "tiny", runs=tmp_path / "runs", results=path, progress=False)["rows"]
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_and_draws(name, six_people, runs, tmp_path):
+    lab, found = few_rounds(name, runs)
+    without = ("caglow/cost", "caglow/fig1", "caglow/fig7")
+    assert ("evaluator-faces" in lab.evaluators) == (name not in without)
+    if lab.experiment.figures:
+        path = tmp_path / "r.json"
+        lab.experiment.figures(lab, [*found.values()], path)
         assert path.with_suffix(".png").stat().st_size > 5_000
-    tables.CHOSEN.clear()
-    for cached in (recipes.faces_to_train, tables.truth):
-        cached.cache_clear()
+
+
+CONDITIONAL = (("CGlow", ""), ("CAGlow", "corrected"), ("CAGlow", "literal"))
+
+
+@pytest.mark.slow
+def test_table1_has_all_numbers_of_all_models(six_people, runs):
+    _, found = few_rounds("caglow/table1-faces", runs)
+    metrics = ("identity_accuracy", "attribute_accuracy", "diversity_pixel", "frechet",
+               "temperature")
+    for model in (*CONDITIONAL, ("CAGlow", "guided")):
+        assert all((*model, metric) in found for metric in metrics)
+    assert found["CAGlow", "literal", "frechet"]["paper"] is None
+    assert found["CAGlow", "corrected", "frechet"]["paper"] == 104.91
+    assert ("Glow", "", "bpd") in found and ("CAGlow", "corrected", "bpd") not in found
+
+
+@pytest.mark.slow
+def test_edits_of_all_editors_are_measured(six_people, runs):
+    _, table3 = few_rounds("caglow/table3", runs)
+    for model in CONDITIONAL:
+        assert (*model, "interference", 4, "start, L − 1") in table3
+    assert table3["drawn", "", "mae", 4]["value"] == 0
+    _, figure4 = few_rounds("caglow/fig4", runs)
+    drawn = [r for key, r in figure4.items() if key[0] == "drawn" and key[2] == "mae"]
+    assert drawn and all(r["value"] == 0 for r in drawn)
+    _, cost = few_rounds("caglow/cost", runs)
+    assert all(cost[(*model, "seconds")]["value"] > 0 for model in CONDITIONAL)
+    assert cost["Glow+store", "", "bytes"]["value"] == 9 * 3 * 16 * 16 * 4

@@ -13,32 +13,19 @@ import torch
 from torch import nn
 
 from condgen import runs
-from condgen.contracts import Binary, Classes, Code, Model, Stage
-from condgen.runs import (
-    DamagedFile,
-    Run,
-    build,
-    describe,
-    digest,
-    generations,
-    held,
-    load,
-    load_state,
-    read_json,
-    read_log,
-    read_tensors,
-    rebuild,
-    save,
-    save_state,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from condgen.conditions import Binary, Classes, Code
+from condgen.contracts import Model, Stage
+from condgen.files import (
+    DamagedFile, digest, folder_lock, read_json, read_log, read_tensors,
+    write_atomically, write_json, write_tensors)
+from condgen.runs import (Run, build_stages, model_config, saved_states, load,
+                          load_state, model_from_card, save, save_state)
 
 TOY = """
 import torch
 from torch import nn
-from condgen.contracts import Classes, Code, Model
+from condgen.conditions import Classes, Code
+from condgen.contracts import Model
 
 class Toy(Model):
     def __init__(self, conditions, width=4):
@@ -63,19 +50,21 @@ class Growing(Model):
 
     def stages(self):
         grow = lambda: self.layers.append(nn.Linear(1, 1))
-        return [Stage(str(i), 8, 4, lambda stage: [], build=grow if i else None) for i in range(3)]
+        return [Stage(str(i), 8, 4, lambda stage: [], build=grow if i else None)
+                for i in range(3)]
 
 
 def toy(width=4):
     torch.manual_seed(0)
     model = Toy([Classes("k", 3), Code("u")], width)  # noqa: F821
-    model.remember_rows(model.conditions.supervised.pack(4, k=[0, 1, 1, 2]))
+    model.store_condition_rows(model.conditions.supervised.pack(4, k=[0, 1, 1, 2]))
     model.net(torch.randn(8, 7))  # moves the running statistics
     return model.eval()
 
 
 def same(a: dict, b: dict) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return (list(a) == list(b)
+            and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a))
 
 
 def test_a_fresh_process_draws_the_same_samples(tmp_path):
@@ -92,29 +81,36 @@ def test_a_fresh_process_draws_the_same_samples(tmp_path):
         x = load("run", cls=Toy).sample(16, generator=torch.Generator().manual_seed(3), k=[0, 1] * 8)
         print(hashlib.sha256(x.numpy().tobytes()).hexdigest())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == hashlib.sha256(here.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype",
+                         [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_load_is_bit_equal_in_every_precision(tmp_path, dtype):
     model = toy().to(dtype)
     save(model, tmp_path, note="kept")
     again = load(tmp_path, cls=type(model))
-    assert same(model.state_dict(), again.state_dict()) and again.arguments == model.arguments and not again.training
+    assert (same(model.state_dict(), again.state_dict())
+            and again.arguments == model.arguments and not again.training)
     assert read_json(tmp_path / "card.json")["note"] == "kept"
 
 
 def test_only_model_classes_of_the_library_are_found_by_name(tmp_path):
-    for name in ("os.system", "condgen.contracts.Model", "condgen.runs.save", "", None, 3):
-        with pytest.raises(ValueError, match=r"accepted: classes of condgen\.models, or pass cls="):
-            rebuild({"class": name})
-    for name in ("condgen.models.nowhere.Glow", "condgen.models.glow.Glown", "condgen.models..x"):
-        with pytest.raises(ValueError, match="which this version of condgen does not have"):
-            rebuild({"class": name})
+    for name in ("os.system", "condgen.contracts.Model", "condgen.runs.save", "", None,
+                 3):
+        with pytest.raises(ValueError,
+                           match=r"accepted: classes of condgen\.models, or pass cls="):
+            model_from_card({"class": name})
+    for name in ("condgen.models.nowhere.Glow", "condgen.models.glow.Glown",
+                 "condgen.models..x"):
+        with pytest.raises(ValueError,
+                           match="which this version of condgen does not have"):
+            model_from_card({"class": name})
     with pytest.raises(ValueError, match="which is not a model"):
-        rebuild({"class": "condgen.models.glow.Tensor"})
+        model_from_card({"class": "condgen.models.glow.Tensor"})
     save(toy(), tmp_path)
     with pytest.raises(ValueError, match="pass cls="):
         load(tmp_path)
@@ -131,26 +127,29 @@ def test_a_library_class_is_found_by_name(tmp_path):
 
 
 def test_card_that_does_not_fit_is_refused():
-    card = describe(toy())
+    card = model_config(toy())
     with pytest.raises(ValueError, match="the card's arguments do not fit Toy"):
-        rebuild({**card, "arguments": {**card["arguments"], "depth": 3}}, cls=type(toy()))
-    broken = {**card, "arguments": {"conditions": [{"type": "Binary", "name": "a", "code": "x"}]}}
+        model_from_card({**card, "arguments": {**card["arguments"], "depth": 3}},
+                        cls=type(toy()))
+    broken = {**card, "arguments": {
+        "conditions": [{"type": "Binary", "name": "a", "code": "x"}]}}
     with pytest.raises(ValueError, match="does not fit Binary"):
-        rebuild(broken, cls=type(toy()))
+        model_from_card(broken, cls=type(toy()))
 
 
 def test_argument_that_json_cannot_hold_is_named():
     model = toy()
     model.arguments["width"] = torch.float32
-    with pytest.raises(ValueError, match=r"argument width=torch.float32 of Toy cannot be written"):
-        describe(model)
+    with pytest.raises(ValueError,
+                       match=r"argument width=torch.float32 of Toy cannot be written"):
+        model_config(model)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_structure_is_rebuilt_as_far_as_it_had_grown(tmp_path, count):
+def test_rebuild_restores_structure_added_in_training(tmp_path, count):
     model = Growing()
-    build(model, model.stages(), count)
-    build(model, model.stages(), count)
+    build_stages(model, model.stages(), count)
+    build_stages(model, model.stages(), count)
     assert len(model.layers) == max(1, count) and model.built == count
     save(model, tmp_path)
     again = load(tmp_path, cls=Growing)
@@ -163,8 +162,10 @@ def test_missing_and_foreign_names_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     tensors, meta = read_tensors(path)
     less = {k: v for k, v in tensors.items() if k != "net.0.bias"}
-    cases = [(less, "'net.0.bias' is missing"), (tensors | {"more": torch.ones(1)}, "'more' is not part of it"),
-             (tensors | {"net.0.bias": torch.ones(5)}, r"'net.0.bias' is \(5,\), needed \(4,\)")]  # fmt: skip
+    cases = [(less, "'net.0.bias' is missing"),
+             (tensors | {"more": torch.ones(1)}, "'more' is not part of it"),
+             (tensors | {"net.0.bias": torch.ones(5)},
+              r"'net.0.bias' is \(5,\), needed \(4,\)")]
     for wrong, message in cases:
         write_tensors(path, wrong, **meta)
         with pytest.raises(DamagedFile, match=message):
@@ -175,23 +176,27 @@ ROWS = {"rows": torch.eye(3).flip(0), "row_counts": torch.tensor([1, 2, 1])}
 
 
 @pytest.mark.parametrize("wrong", [
-    {"row_counts": ROWS["row_counts"][:2]}, {"row_counts": 0 * ROWS["row_counts"]}, {"row_counts": -ROWS["row_counts"]},
-    {"row_counts": torch.arange(1, 9)}, {"row_counts": torch.tensor(3)}, {"row_counts": torch.ones(3)},
-    {"rows": torch.ones(3)}, {"rows": torch.ones(3, 2)}, {"rows": torch.full((3, 3), float("nan"))},
-    {"rows": torch.eye(3).long()}, {"net.0.bias": torch.arange(4)}, {"net.0.bias": torch.ones(4).cfloat()},
-])  # fmt: skip
-def test_weights_that_cannot_work_are_refused_in_spite_of_a_good_checksum(tmp_path, wrong):
+    {"row_counts": ROWS["row_counts"][:2]}, {"row_counts": 0 * ROWS["row_counts"]},
+    {"row_counts": -ROWS["row_counts"]},
+    {"row_counts": torch.arange(1, 9)}, {"row_counts": torch.tensor(3)},
+    {"row_counts": torch.ones(3)},
+    {"rows": torch.ones(3)}, {"rows": torch.ones(3, 2)},
+    {"rows": torch.full((3, 3), float("nan"))},
+    {"rows": torch.eye(3).long()}, {"net.0.bias": torch.arange(4)},
+    {"net.0.bias": torch.ones(4).cfloat()}])
+def test_invalid_weights_with_valid_checksum_are_refused(tmp_path, wrong):
     model, path = toy(), tmp_path / "model.safetensors"
     save(model, tmp_path)
     tensors, meta = read_tensors(path)
-    assert torch.equal(tensors["rows"], ROWS["rows"]) and torch.equal(tensors["row_counts"], ROWS["row_counts"])
+    assert (torch.equal(tensors["rows"], ROWS["rows"])
+            and torch.equal(tensors["row_counts"], ROWS["row_counts"]))
     write_tensors(path, tensors | wrong, **meta)
     with pytest.raises(DamagedFile, match="model.safetensors does not fit Toy: "):
         load(tmp_path, cls=type(model))
 
 
 @pytest.mark.parametrize("meta", ["[]", "null", "{", "1", "[" * 100_000])
-def test_meta_that_is_no_object_is_refused_in_spite_of_a_good_checksum(tmp_path, meta):
+def test_invalid_metadata_with_valid_checksum_is_refused(tmp_path, meta):
     from safetensors.torch import save_file
 
     w = {"w": torch.ones(2)}
@@ -201,53 +206,66 @@ def test_meta_that_is_no_object_is_refused_in_spite_of_a_good_checksum(tmp_path,
 
 
 @pytest.mark.parametrize("stage", [3, 10**30, 1e30, -2, -5, 0.5, "0", None])
-def test_a_stage_that_there_is_not_is_refused(stage):
+def test_unknown_stage_is_refused(stage):
     with pytest.raises(ValueError, match="the card's arguments do not fit Growing"):
-        rebuild({**describe(Growing()), "stage": stage}, cls=Growing)
+        model_from_card({**model_config(Growing()), "stage": stage}, cls=Growing)
 
 
-def test_a_fact_that_json_cannot_hold_leaves_nothing_behind(tmp_path):
-    with pytest.raises(ValueError, match="Tensor is not JSON serializable; accepted: numbers, text"):
+def test_metadata_not_in_json_is_refused_and_leaves_no_files(tmp_path):
+    with pytest.raises(ValueError, match="Tensor is not JSON serializable; accepted: "
+                           "numbers, text"):
         save(toy(), tmp_path / "run", mean=torch.ones(1))
     assert not (tmp_path / "run").exists()
 
 
-def test_one_training_at_a_time_has_a_folder(tmp_path):
-    code = "import sys, pathlib; from condgen.runs import held\nwith held(pathlib.Path(sys.argv[1])): print('in')"
-    other = lambda folder: subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+def test_run_folder_is_locked_by_one_training(tmp_path):
+    code = ("import sys, pathlib; from condgen.files import folder_lock\n"
+            "with folder_lock(pathlib.Path(sys.argv[1])): print('in')")
+    other = lambda folder: subprocess.run([sys.executable, "-c", code, folder],
+                                          capture_output=True, text=True)
     (tmp_path / "next").mkdir()
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         refused = other(tmp_path)
-        assert refused.returncode and f"another process trains in {tmp_path}; accepted" in refused.stderr
+        assert (refused.returncode
+                and f"another process trains in {tmp_path}; accepted" in refused.stderr)
         assert other(tmp_path / "next").stdout == "in\n"
-    with pytest.raises(KeyError), held(tmp_path):
+    with pytest.raises(KeyError), folder_lock(tmp_path):
         raise KeyError  # an accident frees it, too
-    assert other(tmp_path).stdout == "in\n" and [p.name for p in tmp_path.iterdir()] == ["next"]
+    assert (other(tmp_path).stdout == "in\n"
+            and [p.name for p in tmp_path.iterdir()] == ["next"])
 
 
 def test_weights_of_another_class_are_refused(tmp_path):
     save(toy(), tmp_path / "toy")
     save(Growing(), tmp_path / "growing")
-    os.replace(tmp_path / "growing/model.safetensors", tmp_path / "toy/model.safetensors")
-    with pytest.raises(DamagedFile, match=r"describes .*Toy, the weights are of .*Growing"):
+    os.replace(tmp_path / "growing/model.safetensors",
+               tmp_path / "toy/model.safetensors")
+    with pytest.raises(DamagedFile,
+                       match=r"describes .*Toy, the weights are of .*Growing"):
         load(tmp_path / "toy", cls=type(toy()))
 
 
-def test_nothing_to_load_says_what_would_be(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run folder with card.json.*accepted: a run folder, "):
+def test_load_error_names_what_is_accepted(tmp_path):
+    with pytest.raises(FileNotFoundError,
+                       match="no run folder with card.json.*accepted: a run folder, "):
         load(tmp_path / "none")
-    write_json(tmp_path / "card.json", describe(toy()))
-    with pytest.raises(FileNotFoundError, match="no weights yet: its training was interrupted"):
+    write_json(tmp_path / "card.json", model_config(toy()))
+    with pytest.raises(FileNotFoundError,
+                       match="no weights yet: its training was interrupted"):
         load(tmp_path)
-    for text in ("[1]", "{", "\x00", '{"a": NaN', "[" * 100_000, '{"class": ' + "9" * 5000 + "}"):
+    for text in ("[1]", "{", "\x00", '{"a": NaN', "[" * 100_000,
+                 '{"class": ' + "9" * 5000 + "}"):
         (tmp_path / "card.json").write_text(text)
         with pytest.raises(DamagedFile, match=r"card\.json (is not JSON|holds list)"):
             load(tmp_path)
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
-    """Each byte of a state, header included, with a bit turned: refused, or read as it was (spaces that fill up)."""
-    tensors, path = {"w": torch.arange(5.0), "n": torch.tensor(3)}, tmp_path / "t.safetensors"
+    """Each byte of a state, header included, with a bit turned: refused, or read as
+    it was (spaces that fill up).
+    """
+    tensors, path = ({"w": torch.arange(5.0), "n": torch.tensor(3)},
+                     tmp_path / "t.safetensors")
     write_tensors(path, tensors, seen=640, draws=20)
     data = path.read_bytes()
     silent = 0
@@ -259,7 +277,8 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             assert "t.safetensors" in str(error)
         else:
             silent += 1
-            assert all(torch.equal(found[k], t) for k, t in tensors.items()) and meta == {"seen": 640, "draws": 20}
+            assert (all(torch.equal(found[k], t) for k, t in tensors.items())
+                    and meta == {"seen": 640, "draws": 20})
     assert silent <= 8
 
 
@@ -286,10 +305,11 @@ class Bomb:
 def test_pickles_are_refused_unread(tmp_path):
     save(toy(), tmp_path)
     save_state(tmp_path, 8, {"w": torch.ones(1)}, {})
-    files = [tmp_path / "model.safetensors", tmp_path / "state/000000000008/tensors.safetensors"]
+    files = [tmp_path / "model.safetensors",
+             tmp_path / "state/000000000008/tensors.safetensors"]
     for path in files:
         for write in (lambda p: torch.save(Bomb(tmp_path / "boom"), p),
-                      lambda p: p.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))):  # fmt: skip
+                      lambda p: p.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))):
             write(path)
             with pytest.raises(DamagedFile, match="not a safetensors file"):
                 read_tensors(path)
@@ -311,29 +331,38 @@ def test_foreign_safetensors_without_checksum_are_refused(tmp_path):
 def test_all_kinds_of_tensors_come_back(tmp_path):
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     tied = torch.randn(3)
-    tensors = {"a": channels_last, "b": torch.randn(4, 4).T, "c": tied, "d": tied, "e": torch.zeros(0, 3),
-               "f": torch.tensor(True), "g": torch.randn(3, dtype=torch.float64), "h": torch.randn(2).half(),
-               "i": torch.tensor(2**60), "j": torch.randn(9).bfloat16(), "k": nn.Parameter(torch.ones(1))}  # fmt: skip
+    tensors = {"a": channels_last, "b": torch.randn(4, 4).T, "c": tied, "d": tied,
+               "e": torch.zeros(0, 3), "f": torch.tensor(True),
+               "g": torch.randn(3, dtype=torch.float64), "h": torch.randn(2).half(),
+               "i": torch.tensor(2**60), "j": torch.randn(9).bfloat16(),
+               "k": nn.Parameter(torch.ones(1))}
     write_tensors(tmp_path / "t", tensors, text="ü", none=None, list=[1, 0.1])
     found, meta = read_tensors(tmp_path / "t")
-    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors.items())
-    assert meta == {"text": "ü", "none": None, "list": [1, 0.1]} and set(found) == set(tensors)
+    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype
+               for k, t in tensors.items())
+    assert (meta == {"text": "ü", "none": None, "list": [1, 0.1]}
+            and set(found) == set(tensors))
 
 
-def test_digest_sees_names_types_shapes_and_text():
+def test_digest_depends_on_names_types_shapes_and_text():
     t = torch.zeros(4)
-    seen = [digest({"a": t}), digest({"b": t}), digest({"a": t.int()}), digest({"a": t.view(2, 2)}),
-            digest({"a": t + 1}), digest({"a": t}, "x"), digest({})]  # fmt: skip
-    assert len(set(seen)) == len(seen) and digest({"a": t, "b": t}) == digest({"b": t, "a": t})
+    seen = [digest({"a": t}), digest({"b": t}), digest({"a": t.int()}),
+            digest({"a": t.view(2, 2)}),
+            digest({"a": t + 1}), digest({"a": t}, "x"), digest({})]
+    assert (len(set(seen)) == len(seen)
+            and digest({"a": t, "b": t}) == digest({"b": t, "a": t}))
 
 
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for call in (lambda: save(toy(), tmp_path / "file"), lambda: save(toy(), tmp_path / "file/run"),
-                 lambda: save_state(tmp_path / "file", 8, {}, {})):  # fmt: skip
-        with pytest.raises(OSError, match=r"cannot make folder .*file.*; choose another one"):
+    for call in (lambda: save(toy(), tmp_path / "file"),
+                 lambda: save(toy(), tmp_path / "file/run"),
+                 lambda: save_state(tmp_path / "file", 8, {}, {})):
+        with pytest.raises(OSError,
+                           match=r"cannot make folder .*file.*; choose another one"):
             call()
-    with pytest.raises(OSError, match=r"cannot write .*none/a: No such file or directory; what was there before is"):
+    with pytest.raises(OSError, match=r"cannot write .*none/a: "
+                           r"No such file or directory; what was there before is"):
         write_atomically(tmp_path / "none/a", b"")
 
 
@@ -347,7 +376,8 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     for name in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(runs.os, name, full)
-            with pytest.raises(OSError, match=r"cannot write .*a\.json: No space left on device"):
+            with pytest.raises(
+                    OSError, match=r"cannot write .*a\.json: No space left on device"):
                 write_json(path, {"a": 2})
         assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
@@ -363,36 +393,45 @@ def test_two_generations_are_kept(tmp_path):
     for images in (8, 16, 16, 24, 1024):
         save_state(tmp_path, images, {"w": torch.tensor(images)}, {"images": images})
         assert state(tmp_path) == ({"w": torch.tensor(images)}, {"images": images})
-        assert len(generations(tmp_path / "state")) == min(2, (8, 16, 24, 1024).index(images) + 1)
+        assert len(saved_states(tmp_path / "state")) == min(
+            2, (8, 16, 24, 1024).index(images) + 1)
     assert (tmp_path / "state/latest").read_text() == "000000001024"
-    assert sorted(os.listdir(tmp_path / "state")) == ["000000000024", "000000001024", "latest"]
+    assert sorted(os.listdir(tmp_path / "state")) == ["000000000024", "000000001024",
+                                                      "latest"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "gone"])
 def test_damaged_newest_state_is_named_and_the_one_before_used(tmp_path, damage):
     for images in (8, 16):
-        save_state(tmp_path, images, {"w": torch.arange(float(images))}, {"images": images})
+        save_state(tmp_path, images, {"w": torch.arange(float(images))},
+                   {"images": images})
     path = tmp_path / "state/000000000016/tensors.safetensors"
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
     else:
         flipped = data[:-3] + bytes([data[-3] ^ 16]) + data[-2:]
-        path.write_bytes({"torn": data[: len(data) // 2], "flipped": flipped, "empty": b""}[damage])
-    with pytest.warns(UserWarning, match=r"000000000016.*falling back on the state before"):
+        path.write_bytes(
+            {"torn": data[: len(data) // 2], "flipped": flipped, "empty": b""}[damage])
+    with pytest.warns(UserWarning,
+                      match=r"000000000016.*falling back on the state before"):
         tensors, info = load_state(tmp_path)
     assert info == {"images": 8} and torch.equal(tensors["w"], torch.arange(8.0))
     for images in (12, 14):
         save_state(tmp_path, images, {"w": torch.ones(1)}, {"images": images})
-    assert [p.name for p in generations(tmp_path / "state")] == ["000000000014", "000000000012"]
+    assert [p.name for p in saved_states(tmp_path / "state")] == ["000000000014",
+                                                                  "000000000012"]
     assert state(tmp_path)[1] == {"images": 14}
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", ["replace", "rename", "fsync"])
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_kill_between_the_steps_of_saving_leaves_a_good_state(tmp_path, monkeypatch, kind, name, call):
-    """One state is there; the next one dies at the first or second call of os.replace, os.rename or os.fsync."""
+def test_kill_during_saving_leaves_a_valid_state(tmp_path, monkeypatch, kind, name,
+                                                 call):
+    """One state is there; the next one dies at the first or second call of
+    os.replace, os.rename or os.fsync.
+    """
     save_state(tmp_path, 8, {"w": torch.ones(1)}, {"images": 8})
     real, calls = getattr(os, name), []
 
@@ -407,15 +446,17 @@ def test_a_kill_between_the_steps_of_saving_leaves_a_good_state(tmp_path, monkey
         if name == "rename" and call == 2:  # there is one only
             save_state(tmp_path, 16, {"w": torch.ones(1)}, {"images": 16})
         else:
-            with pytest.raises(kind, match="cannot write .*unchanged" if kind is OSError else None):
+            with pytest.raises(kind, match="cannot write .*unchanged" if kind is OSError
+                                   else None):
                 save_state(tmp_path, 16, {"w": torch.ones(1)}, {"images": 16})
-    complete = call == 2  # the new state was renamed; what failed, if anything, was the note of its name
+    # the new state was renamed; what failed, if anything, was the note of its name
+    complete = call == 2
     assert state(tmp_path)[1] == {"images": 16 if complete else 8}
     save_state(tmp_path, 24, {"w": torch.ones(1)}, {"images": 24})
     assert state(tmp_path)[1] == {"images": 24} and not list(tmp_path.rglob("*.part"))
 
 
-def test_torn_log_is_read_to_its_last_whole_row(tmp_path):
+def test_truncated_log_is_read_to_its_last_complete_row(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2.5}\n{"a": "\xc3')
     assert read_log(path) == [{"a": 1}, {"a": 2.5}]
@@ -423,12 +464,14 @@ def test_torn_log_is_read_to_its_last_whole_row(tmp_path):
     assert read_log(path) == []
 
 
-def test_run_says_how_it_stands(tmp_path):
+def test_run_repr_shows_its_status(tmp_path):
     log = [{"stage": "s", "images": 8, "seconds": 1.0, "a.loss": 0.5, "a.norm": 2.0}]
     run = Run(toy(), tmp_path, log, False, 1234, 5.4)
-    assert repr(run).startswith("Run(Toy, 1,234 images in 5 s, stopped, can be resumed, folder=")
+    assert repr(run).startswith(
+        "Run(Toy, 1,234 images in 5 s, stopped, can be resumed, folder=")
     assert "a.loss" in run._repr_html_() and "a.norm" not in run._repr_html_()
-    assert Run(toy(), None, []).status == "finished" and "folder=None" in repr(Run(toy(), None))
+    assert (Run(toy(), None, []).status == "finished"
+            and "folder=None" in repr(Run(toy(), None)))
 
 
 def test_conditions_survive(tmp_path):

@@ -1,4 +1,6 @@
-"""The laws of training: who moves, what an interruption changes, what several processes share."""
+"""The laws of training: who moves, what an interruption changes, what
+several processes share.
+"""
 
 import contextlib
 import json
@@ -15,21 +17,15 @@ import torch
 from torch import nn
 
 from condgen import runs
-from condgen.contracts import Batch, Binary, Model, Noise, Player, Real, Schema, Stage, seed_of
-from condgen.runs import generations, load, load_state, read_log
-from condgen.training import (
-    BAD_STEPS,
-    Order,
-    Rounds,
-    Trainer,
-    accelerator_for,
-    fit,
-    optimizer_tensors,
-    play,
-    put_optimizer_tensors,
-    set_modes,
-    with_lengths,
-)
+from condgen.conditions import Binary, Real, Schema
+from condgen.contracts import Batch, Model, Noise, Player, Stage, seed_of
+from condgen.files import DamagedFile, read_log
+from condgen.runs import saved_states, load, load_state
+from condgen.distributed import make_accelerator
+from condgen.trainer import (MAX_NONFINITE_STEPS, ShuffledIndices, StageRunner, Trainer,
+                             optimizer_tensors, step_player, load_optimizer_tensors,
+                             set_train_modes)
+from condgen.training import fit, set_stage_lengths
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +47,8 @@ class Points:
 
     def __init__(self, n=40, val=12):
         g = torch.Generator().manual_seed(0)
-        x, c = torch.randn(n + val, 2, generator=g), torch.rand(n + val, 1, generator=g).round()
+        x, c = (torch.randn(n + val, 2, generator=g),
+                torch.rand(n + val, 1, generator=g).round())
         self.parts = {"train": slice(val, None), "val": slice(val)}
         self.fields = {"x": x, "y": x @ torch.tensor([[1.0], [-2.0]]), "c": c}
 
@@ -68,17 +65,22 @@ def term(value, weight=1.0):
 
 
 class Simple(Model):
-    """One linear layer per name; `players` and `options` of its stage are given from outside."""
+    """One linear layer per name; `players` and `options` of its stage
+    are given from outside.
+    """
 
     def __init__(self, names="abc"):
         super().__init__((2, 1, 1))
         self.nets = nn.ModuleDict({name: nn.Linear(2, 1) for name in names})
 
     def all_loss(self, batch):
-        return term(sum(net(batch.x) for net in self.nets.values()).sub(batch.y).square().mean())
+        return term(sum(net(batch.x)
+                        for net in self.nets.values()).sub(batch.y).square().mean())
 
     def stages(self):
-        return [Stage("only", **{"images": 40, "batch": 8, "players": lambda stage: self.players(), **self.options})]
+        return [Stage("only",
+                      **{"images": 40, "batch": 8,
+                         "players": lambda stage: self.players(), **self.options})]
 
 
 def simple(players, names="abc", **options):
@@ -93,48 +95,56 @@ def moved(model, data=None, **more):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = fit(model, data or Points(), progress=False, **more)
     after = model.state_dict()
-    found = {k.split(".")[1] for k in after if k.startswith("nets.") and not torch.equal(before[k], after[k])}
+    found = {k.split(".")[1] for k in after
+             if k.startswith("nets.") and not torch.equal(before[k], after[k])}
     return "".join(sorted(found)), run
 
 
 def player(model, name, nets=None, **options):
-    params = [p for n in (name if nets is None else nets) for p in model.nets[n].parameters()]
-    return Player(name, params, **{"loss": model.all_loss, "optimizer": adam(params) if params else None, **options})
+    params = [p for n in (name if nets is None else nets)
+              for p in model.nets[n].parameters()]
+    return Player(name, params,
+                  **{"loss": model.all_loss,
+                     "optimizer": adam(params) if params else None, **options})
 
 
 # Law 4: who moves
 
 
 @pytest.mark.parametrize("names", ["a", "b", "ab", "ca", "cab"])
-def test_each_player_moves_its_own_parameters_and_no_others(names):
+def test_each_player_updates_only_its_own_parameters(names):
     model = simple(lambda m: [player(m, name) for name in names])
     assert moved(model)[0] == "".join(sorted(names))
 
 
-def test_only_own_parameters_require_a_gradient_while_a_player_plays():
+def test_only_the_active_players_parameters_require_grad():
     asked = []
 
     def loss(model, name):
         def spy(batch):
-            asked.append((name, "".join(n for n, net in model.nets.items() if net.weight.requires_grad)))
+            asked.append((name, "".join(n for n, net in model.nets.items()
+                                        if net.weight.requires_grad)))
             return model.all_loss(batch)
 
         return spy
 
-    model = simple(lambda m: [player(m, n, loss=loss(m, n)) for n in "ab"] + [player(m, "ab", loss=loss(m, "ab"))])
+    model = simple(lambda m: ([player(m, n, loss=loss(m, n)) for n in "ab"]
+                              + [player(m, "ab", loss=loss(m, "ab"))]))
     fit(model, Points(), images=8, progress=False)
     assert asked == [("a", "a"), ("b", "b"), ("ab", "ab")]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("make", [
-    lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1), lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9),
-    lambda ps: torch.optim.AdamW(ps, 0.1), lambda ps: torch.optim.RMSprop(ps, 0.01, momentum=0.5),
-])  # fmt: skip
-def test_a_shared_optimizer_moves_only_who_plays(make):
+@pytest.mark.parametrize("make",
+                         [lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1),
+                          lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9),
+                          lambda ps: torch.optim.AdamW(ps, 0.1),
+                          lambda ps: torch.optim.RMSprop(ps, 0.01, momentum=0.5)])
+def test_shared_optimizer_updates_only_the_active_player(make):
     def shared(model):
         optimizer = make([p for n in "ab" for p in model.nets[n].parameters()])
-        turn = {"a": lambda progress: progress < 0.5, "b": lambda progress: progress >= 0.5}
+        turn = {"a": lambda progress: progress < 0.5,
+                "b": lambda progress: progress >= 0.5}
         return [player(model, n, optimizer=optimizer, when=turn[n]) for n in "ab"]
 
     model = simple(shared, images=40)
@@ -146,11 +156,12 @@ def test_a_shared_optimizer_moves_only_who_plays(make):
     a = model.nets["a"].weight.clone()
     for _ in range(2):
         trainer.round()
-    assert torch.equal(model.nets["a"].weight, a) and not torch.equal(model.nets["b"].weight, b)
+    assert (torch.equal(model.nets["a"].weight, a)
+            and not torch.equal(model.nets["b"].weight, b))
 
 
 def entered(model, data=None):
-    trainer = Trainer(model, data or Points(), 0, accelerator_for("no"))
+    trainer = Trainer(model, data or Points(), 0, make_accelerator("no"))
     trainer.enter(model.stages()[0], 0)
     return trainer
 
@@ -166,22 +177,27 @@ def test_repeats_and_fresh_batches():
         return f
 
     def players(m):
-        options = {"a": {"repeats": 3}, "b": {"fresh": False}, "c": {"fresh": False, "repeats": 2}}
-        return [player(m, name, loss=loss(name, m), **more) for name, more in options.items()]
+        options = {"a": {"repeats": 3}, "b": {"fresh": False},
+                   "c": {"fresh": False, "repeats": 2}}
+        return [player(m, name, loss=loss(name, m), **more)
+                for name, more in options.items()]
 
     model = simple(players)
     run = fit(model, Points(), images=8, progress=False)
     names, rows, noises = zip(*seen)
     assert names == tuple("aaabcc") and run.images == 8
-    assert len(set(rows[:3])) == 3 == len(set(noises[:3])) and len(set(rows[2:])) == 1 == len(set(noises[2:]))
+    assert (len(set(rows[:3])) == 3 == len(set(noises[:3]))
+            and len(set(rows[2:])) == 1 == len(set(noises[2:])))
 
 
-def test_when_is_asked_with_progress():
+def test_when_is_called_with_progress():
     asked = []
-    model = simple(lambda m: [player(m, "a", when=lambda p: asked.append(p) or p > 0.5), player(m, "b")])
+    model = simple(lambda m: [player(m, "a", when=lambda p: asked.append(p) or p > 0.5),
+                              player(m, "b")])
     _, run = moved(model)
     assert asked == [0, 0.2, 0.4, 0.6, 0.8]
-    assert [("a.loss" in row, "b.loss" in row) for row in run.log] == [(False, True)] * 3 + [(True, True)] * 2
+    assert ([("a.loss" in row, "b.loss" in row) for row in run.log]
+            == [(False, True)] * 3 + [(True, True)] * 2)
 
 
 def test_a_player_without_parameters_changes_buffers_only():
@@ -196,7 +212,8 @@ def test_a_player_without_parameters_changes_buffers_only():
     model = simple(lambda m: [Player("control", (), control(m)), player(m, "a")])
     model.register_buffer("gain", torch.zeros(()))
     names, run = moved(model)
-    assert "a" in names and model.gain != 0 and "control.loss" in run.log[0] and "control.norm" not in run.log[0]
+    assert ("a" in names and model.gain != 0 and "control.loss" in run.log[0]
+            and "control.norm" not in run.log[0])
 
 
 def test_frozen_networks_are_in_evaluation_mode():
@@ -207,31 +224,35 @@ def test_frozen_networks_are_in_evaluation_mode():
     modes = []
 
     def loss(batch):
-        modes.append((model.training, model.nets["a"].training, model.frozen[1].training, model.frozen[2].training,
-                      model.drop.training))  # fmt: skip
+        modes.append((model.training, model.nets["a"].training,
+                      model.frozen[1].training, model.frozen[2].training,
+                      model.drop.training))
         return term(model.nets["a"](model.frozen(batch.x)).square().mean())
 
     model.players = lambda: [player(model, "a", loss=loss)]
     fit(model, Points(), progress=False)
     assert set(modes) == {(True, True, False, False, True)} and not model.training
     assert all(torch.equal(v, model.frozen.state_dict()[k]) for k, v in before.items())
-    set_modes(model, [])
+    set_train_modes(model, [])
     assert all(m.training for m in model.modules())
 
 
 def test_parameters_outside_the_model_are_refused():
     alien = nn.Parameter(torch.zeros(1))
     model = simple(lambda m: [Player("alien", [alien], m.all_loss, adam([alien]))])
-    with pytest.raises(ValueError, match="stage 'only', player 'alien' moves parameters that are not the model's"):
+    with pytest.raises(ValueError, match="stage 'only', "
+                           "player 'alien' moves parameters that are not the model's"):
         fit(model, Points(), progress=False)
 
 
-def test_clip_and_schedule_reach_the_step():
+def test_clip_and_schedule_change_the_step():
     sgd = lambda m: torch.optim.SGD(m.nets["a"].parameters(), 1.0)
-    model = simple(lambda m: [player(m, "a", optimizer=sgd(m), clip=0.5)], schedule=lambda p: 0.25 if p else 1.0)
+    model = simple(lambda m: [player(m, "a", optimizer=sgd(m), clip=0.5)],
+                   schedule=lambda p: 0.25 if p else 1.0)
     trainer, sizes = entered(model), []
     for _ in range(3):
-        before = torch.cat([p.detach().flatten().clone() for p in model.nets["a"].parameters()])
+        before = torch.cat([p.detach().flatten().clone()
+                            for p in model.nets["a"].parameters()])
         values = trainer.round()
         after = torch.cat([p.detach().flatten() for p in model.nets["a"].parameters()])
         sizes.append((after - before).norm().item() / min(0.5, values["a.norm"].item()))
@@ -243,16 +264,18 @@ def test_clip_and_schedule_reach_the_step():
 
 @pytest.mark.parametrize("size", [1, 5, 40])
 def test_order_is_a_permutation_in_every_epoch(size):
-    taken = Order(size, 3, "s").take(0, 4 * size).view(4, size)
+    taken = ShuffledIndices(size, 3, "s").take(0, 4 * size).view(4, size)
     assert (taken.sort(1).values == torch.arange(size)).all()
     assert size < 40 or len({tuple(epoch.tolist()) for epoch in taken}) == 4
     for start, count in [(0, 3), (size - 1, 2), (2 * size, size + 1), (3, 0)]:
         if count and start + count <= 4 * size:
-            assert torch.equal(Order(size, 3, "s").take(start, count), taken.flatten()[start : start + count])
-    assert size < 40 or not torch.equal(Order(size, 4, "s").take(0, size), taken[0])
+            assert torch.equal(ShuffledIndices(size, 3, "s").take(start, count),
+                               taken.flatten()[start : start + count])
+    assert (size < 40
+            or not torch.equal(ShuffledIndices(size, 4, "s").take(0, size), taken[0]))
 
 
-def test_draws_differ_from_round_to_round_and_dropout_is_keyed():
+def test_batches_differ_by_round_and_dropout_is_keyed():
     seen = []
 
     def loss(batch):
@@ -261,7 +284,8 @@ def test_draws_differ_from_round_to_round_and_dropout_is_keyed():
 
     model = simple(lambda m: [player(m, "a", loss=loss)])
     fit(model, Points(), progress=False)
-    assert len({tuple(t.flatten().tolist()) for t, _ in seen}) == 5 == len({tuple(t.tolist()) for _, t in seen})
+    assert len({tuple(t.flatten().tolist()) for t, _ in seen}) == 5 == len({
+        tuple(t.tolist()) for _, t in seen})
     for k, (noise, mask) in enumerate(seen):
         assert torch.equal(noise, Noise((0, "only", k), slice(None), 8).randn("e", 2))
         torch.manual_seed(seed_of(0, "only", k, 0))
@@ -272,21 +296,26 @@ def test_draws_differ_from_round_to_round_and_dropout_is_keyed():
 
 
 class Two(Model):
-    """Two stages with everything in them: dropout, batch statistics, a shared optimiser, averages, growth, a cache."""
+    """Two stages with everything in them: dropout, batch statistics, a shared
+    optimiser, averages, growth, a cache.
+    """
 
     def __init__(self, conditions=Points.conditions):
         super().__init__((2, 1, 1), conditions)
-        self.enc = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.3))
+        self.enc = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(),
+                                 nn.Dropout(0.3))
         self.dec = nn.Linear(3, 1)
         self.register_buffer("control", torch.zeros(()))
 
     def first_loss(self, batch):
-        return term((self.dec(self.enc(batch.x)) - batch.y + 0.1 * batch.randn("e", 1)).square().mean())
+        return term((self.dec(self.enc(batch.x)) - batch.y
+                     + 0.1 * batch.randn("e", 1)).square().mean())
 
     def first(self, stage):
         both = adam(self.parameters())
         return [Player("enc", self.enc.parameters(), self.first_loss, both, repeats=2),
-                Player("dec", self.dec.parameters(), self.first_loss, both, fresh=False, when=lambda p: p >= 0.3)]
+                Player("dec", self.dec.parameters(), self.first_loss, both, fresh=False,
+                       when=lambda p: p >= 0.3)]
 
     def control_loss(self, batch):
         self.control += batch.h.mean() + torch.rand(())
@@ -298,7 +327,8 @@ class Two(Model):
 
     def second(self, stage):
         sgd = torch.optim.SGD(self.head.parameters(), 0.01, momentum=0.9)
-        return [Player("control", (), self.control_loss), Player("head", self.head.parameters(), self.second_loss, sgd)]
+        return [Player("control", (), self.control_loss),
+                Player("head", self.head.parameters(), self.second_loss, sgd)]
 
     def grow(self):
         self.head = nn.Linear(3, 1)
@@ -312,10 +342,12 @@ class Two(Model):
 
     def stages(self):
         return [
-            Stage("first", 48, 8, self.first, ema=0.9, keep="best", schedule=lambda p: 1 - p,
+            Stage("first", 48, 8, self.first, ema=0.9, keep="best",
+                  schedule=lambda p: 1 - p,
                   validate=lambda batch: self.first_loss(batch)["loss"][1].item()),
-            Stage("second", 40, 8, self.second, build=self.grow, data=self.cache, on_enter=self.start, ema=0.5),
-        ]  # fmt: skip
+            Stage("second", 40, 8, self.second, build=self.grow, data=self.cache,
+                  on_enter=self.start, ema=0.5),
+        ]
 
 
 def two():
@@ -325,7 +357,9 @@ def two():
 
 @contextlib.contextmanager
 def watched():
-    """Collects optimisers, averages and best weights at the end of each stage that reaches its end."""
+    """Collects optimisers, averages and best weights at the end of each stage
+    that reaches its end.
+    """
     found, finish = [], Trainer.finish
 
     def spy(self):
@@ -370,25 +404,28 @@ def straight(tmp_path_factory):
 
 def check(straight, run, ends, out):
     weights, log, last, _ = straight
-    assert equal(run.model.state_dict(), weights) and timeless(run.log) == log == timeless(read_log(out / "log.jsonl"))
+    assert (equal(run.model.state_dict(), weights)
+            and timeless(run.log) == log == timeless(read_log(out / "log.jsonl")))
     assert len(ends) <= 2 and all(equal(a, b) for a, b in zip(ends, last[-len(ends) :]))
     assert equal(load(out, cls=Two).state_dict(), weights)
 
 
-def test_the_toy_uses_what_it_is_to_test(straight):
+def test_toy_model_covers_the_tested_features(straight):
     weights, log, (first, second), _ = straight
     assert {k.split(".")[0] for k in first} == {"optimizer", "enc", "dec", "best"}
     assert any("momentum_buffer" in k for k in second) and "head.weight" in weights
-    assert sum("validation" in row for row in log) == 6 and not any("dec.loss" in row for row in log[:2])
+    assert (sum("validation" in row for row in log) == 6
+            and not any("dec.loss" in row for row in log[:2]))
 
 
 @pytest.mark.parametrize("k", range(11))
 @pytest.mark.parametrize("save_every", [0.0, 1e9])
-def test_broken_off_after_any_round_and_resumed_is_the_same(straight, ends, tmp_path, monkeypatch, k, save_every):
+def test_resuming_after_an_error_in_any_round_is_exact(straight, ends, tmp_path,
+                                                       monkeypatch, k, save_every):
     class Broken(BaseException):
         pass
 
-    count, real = [], Rounds.round
+    count, real = [], StageRunner.round
 
     def breaking(self):
         if len(count) == k:
@@ -398,7 +435,7 @@ def test_broken_off_after_any_round_and_resumed_is_the_same(straight, ends, tmp_
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Rounds, "round", breaking)
+        patch.setattr(StageRunner, "round", breaking)
         with pytest.raises(Broken):
             fit(two(), Points(), out, save_every=save_every, progress=False)
     torch.manual_seed(99)
@@ -406,7 +443,8 @@ def test_broken_off_after_any_round_and_resumed_is_the_same(straight, ends, tmp_
 
 
 @pytest.mark.parametrize("again", ["new object", "same object"])
-def test_stopped_by_its_budget_after_every_round_is_the_same(straight, ends, tmp_path, again):
+def test_resuming_after_a_budget_stop_each_round_is_exact(straight, ends, tmp_path,
+                                                          again):
     out, model, stops = tmp_path / "run", two(), 0
     while not (run := fit(model, Points(), out, budget=0, progress=False)).finished:
         stops += 1
@@ -421,7 +459,8 @@ def test_stopped_by_its_budget_after_every_round_is_the_same(straight, ends, tmp
 @pytest.mark.parametrize(("name", "call"), [
     *(("replace", k) for k in (1, 2, 3, 4, 7, 12, 20)), ("rename", 1), ("rename", 9),
 ])  # fmt: skip
-def test_broken_off_while_saving_is_the_same(straight, ends, tmp_path, monkeypatch, name, call):
+def test_resuming_after_an_exit_during_saving_is_exact(straight, ends, tmp_path,
+                                                       monkeypatch, name, call):
     real, calls, out = getattr(os, name), [], tmp_path / "run"
 
     def dying(*args):
@@ -438,8 +477,10 @@ def test_broken_off_while_saving_is_the_same(straight, ends, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_is_the_same(straight, ends, tmp_path):
-    """Six processes on one folder, each killed with signal 9 at a random time of its training."""
+def test_resuming_after_a_kill_is_exact(straight, ends, tmp_path):
+    """Six processes on one folder, each killed with signal 9 at a random
+    time of its training.
+    """
     out, clock = tmp_path / "run", random.Random(0)
     started = time.monotonic()
     fit(two(), Points(), tmp_path / "timed", save_every=0, progress=False)
@@ -459,11 +500,12 @@ def test_killed_at_any_moment_is_the_same(straight, ends, tmp_path):
     check(straight, fit(two(), Points(), out, progress=False), ends, out)
 
 
-def test_damaged_newest_state_costs_rounds_and_changes_nothing(straight, ends, tmp_path):
+def test_damaged_newest_state_costs_rounds_and_changes_nothing(straight, ends,
+                                                               tmp_path):
     out = tmp_path / "run"
     for _ in range(4):
         fit(two(), Points(), out, budget=0, progress=False)
-    path = generations(out / "state")[0] / "tensors.safetensors"
+    path = saved_states(out / "state")[0] / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="falling back"):
         run = fit(two(), Points(), out, progress=False)
@@ -476,46 +518,54 @@ def test_deleted_log_or_states_do_not_stop_a_run(straight, tmp_path):
     (out / "log.jsonl").unlink()
     run = fit(two(), Points(), out, progress=False)
     assert equal(run.model.state_dict(), straight[0])
-    for path in generations(out / "state"):
+    for path in saved_states(out / "state"):
         (path / "tensors.safetensors").unlink()
     again = fit(two(), Points(), out, progress=False)
     assert again.finished and equal(again.model.state_dict(), straight[0])
 
 
-def test_a_finished_run_is_loaded_and_not_touched(straight, tmp_path):
+def test_finished_run_is_loaded_and_unchanged(straight, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight[3], out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     torch.manual_seed(77)
     run = fit(Two(), Points(), out, progress=False)
-    assert run.finished and run.images == 88 and run.seconds > 0 and timeless(run.log) == straight[1]
+    assert (run.finished and run.images == 88 and run.seconds > 0
+            and timeless(run.log) == straight[1])
     assert equal(run.model.state_dict(), straight[0])
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_a_model_that_grew_too_far_is_not_set_back(straight, tmp_path, monkeypatch):
+def test_refit_of_a_model_with_added_structure_is_refused(straight, tmp_path,
+                                                          monkeypatch):
     out, model = tmp_path / "run", two()
     with monkeypatch.context() as patch:
         patch.setattr(Two, "second_loss", lambda self, batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(model, Points(), out, progress=False)
-    with pytest.raises(ValueError, match="has grown further than the saved state; construct it anew"):
+    with pytest.raises(ValueError, match="has grown further than the saved state; "
+                           "construct it anew"):
         fit(model, Points(), out, progress=False)
-    assert equal(fit(two(), Points(), out, progress=False).model.state_dict(), straight[0])
+    assert equal(fit(two(), Points(), out, progress=False).model.state_dict(),
+                 straight[0])
 
 
 @pytest.mark.parametrize("make", [
-    lambda ps: torch.optim.Adam(ps, 0.1), lambda ps: torch.optim.Adam(ps, 0.1, fused=True),
-    lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True), lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9),
-    lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9, centered=True), lambda ps: torch.optim.Adamax(ps, 0.1),
-    lambda ps: torch.optim.NAdam(ps, 0.1), lambda ps: torch.optim.Adagrad(ps, 0.1),
-])  # fmt: skip
-def test_optimizers_go_on_bit_for_bit(make):
+    lambda ps: torch.optim.Adam(ps, 0.1),
+    lambda ps: torch.optim.Adam(ps, 0.1, fused=True),
+    lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True),
+    lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9),
+    lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9, centered=True),
+    lambda ps: torch.optim.Adamax(ps, 0.1),
+    lambda ps: torch.optim.NAdam(ps, 0.1), lambda ps: torch.optim.Adagrad(ps, 0.1)])
+def test_optimizer_states_are_restored_bit_for_bit(make):
     def nets():
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 1)).to(memory_format=torch.channels_last)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(),
+                            nn.Linear(16, 1)).to(memory_format=torch.channels_last)
         scalar = nn.Parameter(torch.tensor(0.5))
-        return net, scalar, make([{"params": [*net.parameters()], "lr": 0.05}, {"params": [scalar]}])
+        return net, scalar, make([{"params": [*net.parameters()], "lr": 0.05},
+                                  {"params": [scalar]}])
 
     def steps(net, scalar, optimizer, start):
         for k in range(start, start + 3):
@@ -526,39 +576,44 @@ def test_optimizers_go_on_bit_for_bit(make):
 
     a, b = nets(), nets()
     steps(*a, 0)
-    kept = {k: v.clone(memory_format=torch.contiguous_format) for k, v in optimizer_tensors([a[2]]).items()}
+    kept = {k: v.clone(memory_format=torch.contiguous_format)
+            for k, v in optimizer_tensors([a[2]]).items()}
     with torch.no_grad():
         for p, q in zip([*a[0].parameters(), a[1]], [*b[0].parameters(), b[1]]):
             q.copy_(p)
-    put_optimizer_tensors([b[2]], kept)
+    load_optimizer_tensors([b[2]], kept)
     steps(*a, 3)
     steps(*b, 3)
-    assert all(torch.equal(p, q) for p, q in zip([*a[0].parameters(), a[1]], [*b[0].parameters(), b[1]]))
+    assert all(torch.equal(p, q)
+               for p, q in zip([*a[0].parameters(), a[1]], [*b[0].parameters(), b[1]]))
     assert equal(optimizer_tensors([a[2]]), optimizer_tensors([b[2]]))
 
 
 # What is refused, guarded, kept
 
 
-def test_guard_names_stage_image_player_and_term():
+def test_non_finite_error_names_stage_image_player_and_term():
     def loss(model):
-        return lambda batch: {**model.all_loss(batch), "bad": (1.0, (model.nets["a"].weight.sum() * math.nan))}
+        return lambda batch: {**model.all_loss(batch),
+                              "bad": (1.0, (model.nets["a"].weight.sum() * math.nan))}
 
     model = simple(lambda m: [player(m, "a", loss=loss(m)), player(m, "b")], images=400)
     before = model.nets["a"].weight.clone()
     with pytest.raises(FloatingPointError) as found:
         fit(model, Points(), progress=False)
     text = str(found.value)
-    assert text.startswith("stage 'only', image 72, player 'a': not finite in 10 steps in a row: a.bad, a.norm;")
-    assert BAD_STEPS == 10 and torch.equal(model.nets["a"].weight, before)
+    assert text.startswith("stage 'only', image 72, player 'a': "
+                           "not finite in 10 steps in a row: a.bad, a.norm;")
+    assert MAX_NONFINITE_STEPS == 10 and torch.equal(model.nets["a"].weight, before)
 
 
-def test_guard_forgives_single_steps_and_counts_survive_a_stop(tmp_path):
+def test_single_non_finite_steps_are_skipped_and_counted(tmp_path):
     def make(bad):
         def loss(model):
             def f(batch):
                 calls.append(1)
-                return term(model.nets["a"](batch.x).mean() * (math.inf if bad(len(calls)) else 1.0))
+                return term(model.nets["a"](batch.x).mean()
+                            * (math.inf if bad(len(calls)) else 1.0))
 
             return f
 
@@ -572,7 +627,7 @@ def test_guard_forgives_single_steps_and_counts_survive_a_stop(tmp_path):
     assert load_state(tmp_path)[1]["bad"] == {"a": 9}
 
 
-def test_averages_and_best_weights_are_what_remains():
+def test_final_weights_are_averages_or_best_weights():
     def run(**options):
         model = simple(lambda m: [player(m, "a")], names="a", images=80, **options)
         paths, trainer = [], entered(model)
@@ -590,7 +645,8 @@ def test_averages_and_best_weights_are_what_remains():
     for k, w in enumerate(path, 1):
         mean = mean.lerp(w, 1 - min(0.7, (1 + k) / (10 + k)))
     trainer.finish()
-    assert torch.allclose(model.nets["a"].weight, mean, atol=1e-7) and not torch.equal(mean, path[-1])
+    assert (torch.allclose(model.nets["a"].weight, mean, atol=1e-7)
+            and not torch.equal(mean, path[-1]))
 
 
 def test_best_is_by_validation_and_stop_ends_a_stage():
@@ -602,38 +658,45 @@ def test_best_is_by_validation_and_stop_ends_a_stage():
         assert not torch.is_grad_enabled() and not model.training
         return next(numbers)
 
-    model = simple(lambda m: [player(m, "a")], validate=validate, keep="best", images=400,
-                   stop=lambda history: len(history) >= 5)  # fmt: skip
+    model = simple(lambda m: [player(m, "a")], validate=validate, keep="best",
+                   images=400, stop=lambda history: len(history) >= 5)
     run = fit(model, Points(), progress=False)
-    assert [row["validation"] for row in run.log if "validation" in row] == [5, 3, 4, 3.5, 9]
-    assert run.finished and run.images == 5 * 2 * 8 and torch.equal(model.nets["a"].weight, seen[1])
+    assert [row["validation"] for row in run.log if "validation" in row] == [
+        5, 3, 4, 3.5, 9]
+    assert (run.finished and run.images == 5 * 2 * 8
+            and torch.equal(model.nets["a"].weight, seen[1]))
 
 
-def test_validation_is_a_mean_over_items_whatever_the_split():
-    model = simple(lambda m: [player(m, "a")], validate=lambda batch: batch.x.mean().item(), images=8)
+def test_validation_is_a_mean_over_items():
+    model = simple(lambda m: [player(m, "a")],
+                   validate=lambda batch: batch.x.mean().item(), images=8)
     data = Points(val=600)
     run = fit(model, data, progress=False)
     mean = data.table("val")["x"].mean().item()
     assert run.log[0]["validation"] == pytest.approx(mean, abs=1e-6)
-    empty = simple(lambda m: [player(m, "a")], validate=lambda batch: 1 / 0, keep="best")
-    assert not [row for row in fit(empty, Points(val=0), progress=False).log if "validation" in row]
+    empty = simple(lambda m: [player(m, "a")], validate=lambda batch: 1 / 0,
+                   keep="best")
+    assert not [row for row in fit(empty, Points(val=0), progress=False).log
+                if "validation" in row]
 
 
 def test_lengths_are_overridden_by_number_and_by_name():
-    first, second = with_lengths(two().stages(), {"second": 16}, None)
+    first, second = set_stage_lengths(two().stages(), {"second": 16}, None)
     assert (first.images, second.images, first.batch) == (48, 16, 8)
-    first, second = with_lengths(two().stages(), 24, 4)
+    first, second = set_stage_lengths(two().stages(), 24, 4)
     assert (first.images, second.images, first.batch, second.batch) == (24, 24, 4, 4)
-    run = fit(two(), Points(), images={"first": 16, "second": 8}, batch=8, progress=False)
+    run = fit(two(), Points(), images={"first": 16, "second": 8}, batch=8,
+              progress=False)
     assert run.images == 24 and {row["stage"] for row in run.log} == {"first", "second"}
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"images": {"frist": 8}}, "images of stage 'frist'; accepted: first, second; did you mean 'first'?"),
+    ({"images": {"frist": 8}},
+     "images of stage 'frist'; accepted: first, second; did you mean 'first'?"),
     ({"images": 0}, "images=0 for stage 'first'; accepted: 1 or more"),
-    ({"images": {"second": -1}}, "images=-1 for stage 'second'"), ({"batch": 0}, "batch=0 for stage 'first'"),
-    ({"precision": "fp16"}, "precision='fp16'; accepted: no, bf16"),
-])  # fmt: skip
+    ({"images": {"second": -1}}, "images=-1 for stage 'second'"),
+    ({"batch": 0}, "batch=0 for stage 'first'"),
+    ({"precision": "fp16"}, "precision='fp16'; accepted: no, bf16")])
 def test_settings_are_refused(options, message):
     with pytest.raises(ValueError) as found:
         fit(two(), Points(), progress=False, **options)
@@ -646,21 +709,72 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
     other = Points()
     other.sha256 = "1" * 64
     cases = [({"seed": 1}, Points(), "its training.seed is 0, asked for 1"),
-             ({"images": {"first": 8}}, Points(), "its training.stages.first.images is 48, asked for 8"),
-             ({"batch": 4}, Points(), "its training.stages.first.batch is 8, asked for 4"),
-             ({}, other, 'its data.sha256 is "000')]  # fmt: skip
+             ({"images": {"first": 8}}, Points(),
+              "its training.stages.first.images is 48, asked for 8"),
+             ({"batch": 4}, Points(),
+              "its training.stages.first.batch is 8, asked for 4"),
+             ({}, other, 'its data.sha256 is "000')]
     for options, data, message in cases:
         with pytest.raises(ValueError, match="holds another run: ") as found:
             fit(two(), data, out, progress=False, **options)
-        assert message in str(found.value) and "choose another folder, or delete this one" in str(found.value)
+        assert (message in str(found.value)
+                and "choose another folder, or delete this one" in str(found.value))
     with pytest.raises(ValueError, match=r"its class is .*Two\", asked for .*Simple"):
         fit(simple(lambda m: []), Points(), out, progress=False)
     assert fit(two(), Points(), out, progress=False).finished
 
 
-def test_other_conditions_than_the_datas_are_refused(tmp_path):
-    for conditions in ([Binary("c")], [Binary("b"), Real("r", 0, 1)], [Real("b", 0, 1)]):
-        with pytest.raises(ValueError, match="but points is labelled with .* accepted: the same conditions"):
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "field", ["class", "arguments", "data", "training", "stage", "images", "seconds"])
+def test_a_card_without_a_field_is_refused_by_its_name(tmp_path, field, finished):
+    fit(two(), Points(), tmp_path / "run", budget=None if finished else 0,
+        progress=False)
+    path = tmp_path / "run" / "card.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
+    if field in ("images", "seconds") and not finished:
+        assert fit(two(), Points(), tmp_path / "run", progress=False).finished
+        return
+    with pytest.raises(DamagedFile, match=f"card.json has no field '{field}'; "
+                           "accepted: a card as fit wrote it"):
+        fit(two(), Points(), tmp_path / "run", progress=False)
+    path.write_text(json.dumps(whole))
+    assert fit(two(), Points(), tmp_path / "run", progress=False).finished
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"images": "many"}, "'images' is \"many\"; accepted: a number"),
+    ({"stage": None}, "'stage' is null"),
+    ({"training": 5}, "its training is 5"),
+    ({"training": {"stages": [1]}}, "its training.seed is null"),
+    ({"training": {"stages": {"first": 3}}}, "its training.seed is null"),
+    ({"data": []}, "its data is []")])
+def test_a_card_with_other_values_is_refused(tmp_path, change, message):
+    fit(two(), Points(), tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError) as found:
+        fit(two(), Points(), tmp_path / "run", progress=False)
+    assert message in str(found.value)
+
+
+def test_a_failed_training_leaves_a_model_that_evaluates():
+    def fail(batch):
+        raise ZeroDivisionError
+
+    model = simple(lambda m: [player(m, "a", loss=fail)])
+    with pytest.raises(ZeroDivisionError):
+        fit(model, Points(), progress=False)
+    assert (not any(m.training for m in model.modules())
+            and all(p.requires_grad for p in model.parameters()))
+
+
+def test_conditions_other_than_the_data_sets_are_refused(tmp_path):
+    for conditions in ([Binary("c")], [Binary("b"), Real("r", 0, 1)],
+                       [Real("b", 0, 1)]):
+        with pytest.raises(ValueError, match="but points is labelled with .* accepted: "
+                               "the same conditions"):
             fit(Two(conditions), Points(), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     model = two()
@@ -668,55 +782,65 @@ def test_other_conditions_than_the_datas_are_refused(tmp_path):
     assert model.rows.tolist() == [[0], [1]] and model.row_counts.sum() == 40
 
 
-def test_a_bad_folder_is_found_before_anything_is_computed(tmp_path):
+def test_unwritable_folder_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     model = simple(lambda m: 1 / 0)
-    with pytest.raises(OSError, match=r"cannot make folder .*file.run: .*; choose another one"):
+    with pytest.raises(OSError,
+                       match=r"cannot make folder .*file.run: .*; choose another one"):
         fit(model, Points(), tmp_path / "file/run", progress=False)
 
 
-def test_card_tells_what_made_the_run(tmp_path):
+def test_card_records_data_settings_and_versions(tmp_path):
     fit(two(), Points(), tmp_path, progress=False)
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["finished"] and card["images"] == 88 and card["stage"] == 1
     assert card["threads"] == torch.get_num_threads()
-    assert card["data"] == {"name": "points", "sha256": "0" * 64} and card["training"]["processes"] == 1
-    assert set(card["versions"]) == {"condgen", "python", "torch"} and card["seconds"] > 0
+    assert (card["data"] == {"name": "points", "sha256": "0" * 64}
+            and card["training"]["processes"] == 1)
+    assert (set(card["versions"]) == {"condgen", "python", "torch"}
+            and card["seconds"] > 0)
 
 
 def test_log_has_every_term_and_at_most_two_hundred_rows():
     model = simple(lambda m: [player(m, "a"), player(m, "b")], images=8 * 225)
     run = fit(model, Points(), progress=False)
     assert 150 < len(run.log) <= 226
-    assert set(run.log[0]) == {"stage", "images", "seconds", "a.loss", "a.norm", "b.loss", "b.norm"}
+    assert set(run.log[0]) == {"stage", "images", "seconds", "a.loss", "a.norm",
+                               "b.loss", "b.norm"}
     assert run.log[-1]["images"] == 1800
 
 
 def test_bf16_trains():
     model = simple(lambda m: [player(m, "a")], names="a", images=800)
     run = fit(model, Points(), precision="bf16", progress=False)
-    assert run.log[-1]["a.loss"] < run.log[0]["a.loss"] and model.nets["a"].weight.dtype == torch.float32
+    assert (run.log[-1]["a.loss"] < run.log[0]["a.loss"]
+            and model.nets["a"].weight.dtype == torch.float32)
 
 
 # Several processes
 
 
 def gloo() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_gloo_available() and hasattr(os, "fork")
+    return (torch.distributed.is_available() and torch.distributed.is_gloo_available()
+            and hasattr(os, "fork"))
 
 
 class Shared(Model):
-    """A regression with a batch norm beside it and a buffer that follows the batch; float64."""
+    """A regression with a batch norm beside it and a buffer that
+    follows the batch; float64.
+    """
 
     def __init__(self):
         super().__init__((2, 1, 1))
-        self.net, self.unused = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), nn.Linear(2, 2)
+        self.net, self.unused = nn.Sequential(nn.Linear(2, 4), nn.Tanh(),
+                                              nn.Linear(4, 1)), nn.Linear(2, 2)
         self.norm = nn.BatchNorm1d(2)
         self.register_buffer("follow", torch.zeros(2))
         self.register_buffer("fixed", torch.rand(7))
 
     def loss(self, batch):
-        return term((self.net(batch.x.to(self.fixed)) - batch.y + 0.1 * batch.randn("e", 1)).square().mean())
+        return term((self.net(batch.x.to(self.fixed)) - batch.y
+                     + 0.1 * batch.randn("e", 1)).square().mean())
 
     def follow_loss(self, batch):
         self.follow.lerp_(batch.x.to(self.follow).mean(0), 0.5)
@@ -724,10 +848,14 @@ class Shared(Model):
         return {}
 
     def stages(self):
-        params = [*self.net.parameters(), *self.unused.parameters(), *self.norm.parameters()]
-        return [Stage("only", 70, 7, lambda stage: [Player("net", params, self.loss, adam(params), clip=1.0),
-                                                    Player("follow", (), self.follow_loss, fresh=False)],
-                      ema=0.5, validate=lambda batch: self.loss(batch)["loss"][1].item(), keep="best")]  # fmt: skip
+        params = [*self.net.parameters(), *self.unused.parameters(),
+                  *self.norm.parameters()]
+        return [Stage(
+            "only", 70, 7,
+            lambda stage: [Player("net", params, self.loss, adam(params), clip=1.0),
+                           Player("follow", (), self.follow_loss, fresh=False)],
+            ema=0.5, validate=lambda batch: self.loss(batch)["loss"][1].item(),
+            keep="best")]
 
 
 def train_shared(folder: str) -> None:
@@ -736,39 +864,51 @@ def train_shared(folder: str) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     state = PartialState(cpu=True)
-    torch.manual_seed(0 if state.is_main_process else 1)  # a careless caller: processes start with unequal weights
+    # a careless caller: processes start with unequal weights
+    torch.manual_seed(0 if state.is_main_process else 1)
     model = Shared().double()
-    run = fit(model, Points(), Path(folder) / f"run{state.num_processes}", progress=False)
+    run = fit(model, Points(), Path(folder) / f"run{state.num_processes}",
+              progress=False)
     late = fit(Shared().double(), Points(), images=700_000, budget=0.2, progress=False)
-    found = {"processes": state.num_processes, "log": timeless(run.log), "late": late.images,
-             "tensors": {k: v.flatten().tolist() for k, v in model.state_dict().items()}}  # fmt: skip
-    (Path(folder) / f"{state.num_processes}-{state.process_index}.json").write_text(json.dumps(found))
+    found = {
+        "processes": state.num_processes, "log": timeless(run.log), "late": late.images,
+        "tensors": {k: v.flatten().tolist() for k, v in model.state_dict().items()}}
+    (Path(folder) / f"{state.num_processes}-{state.process_index}.json").write_text(
+        json.dumps(found))
 
 
 @pytest.mark.skipif(not gloo(), reason="needs gloo and fork")
-def test_two_processes_train_as_one(tmp_path):
-    """Law 9 for a toy with an odd batch (3 + 4 rows), a parameter without gradient, and buffers."""
+def test_two_processes_train_like_one(tmp_path):
+    """Law 9 for a toy with an odd batch (3 + 4 rows), a parameter without
+    gradient, and buffers.
+    """
     from accelerate import debug_launcher
 
     train_shared(str(tmp_path))
     debug_launcher(train_shared, (str(tmp_path),), num_processes=2)
-    one, main, other = (json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json"))
+    one, main, other = (json.loads((tmp_path / name).read_text())
+                        for name in ("1-0.json", "2-0.json", "2-1.json"))
     assert (one["processes"], main["processes"], other["processes"]) == (1, 2, 2)
     assert main["tensors"] == other["tensors"] and main["late"] == other["late"] > 0
     assert len(main["log"]) == len(one["log"]) == 20
     for a, b in zip(one["log"], main["log"]):
         assert list(a) == list(b)
-        assert all(a[k] == b[k] if k == "stage" else math.isclose(a[k], b[k], rel_tol=1e-6, abs_tol=1e-9) for k in a)
+        assert all(a[k] == b[k] if k == "stage"
+                       else math.isclose(a[k], b[k], rel_tol=1e-6, abs_tol=1e-9)
+                   for k in a)
     for name, values in one["tensors"].items():
         if name.startswith("norm.running_var"):
-            assert all(map(math.isfinite, main["tensors"][name]))  # the variance of shares is not that of the whole
+            # the variance of shares is not that of the whole
+            assert all(map(math.isfinite, main["tensors"][name]))
         else:
-            assert main["tensors"][name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
+            assert main["tensors"][name] == pytest.approx(values, rel=1e-9,
+                                                          abs=1e-12), name
     assert main["tensors"]["fixed"] == one["tensors"]["fixed"]
 
 
-def test_a_turn_can_be_played_without_a_trainer():
+def test_one_player_update_works_without_a_trainer():
     model = simple(lambda m: [], names="a")
     batch = Batch(Points().table("train"), Noise((0,), slice(None), 40))
-    values = play(player(model, "a"), batch, model, accelerator_for("no"), 40)
-    assert set(values) == {"a.loss", "a.norm"} and all(p.grad is None for p in model.parameters())
+    values = step_player(player(model, "a"), batch, model, make_accelerator("no"), 40)
+    assert (set(values) == {"a.loss", "a.norm"}
+            and all(p.grad is None for p in model.parameters()))

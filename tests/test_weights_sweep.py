@@ -1,72 +1,70 @@
-"""The sweep over the weight of the game: edges in closed form, what is measured, the rows, and the verdict."""
+"""Sweep over the adversarial weight: edges in closed form, metrics, rows and claims."""
 
 import math
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from condgen import metrics
+from condgen.conditions import Schema
 from condgen.data import Dataset
-from condgen.contracts import Schema
 from condgen.experiments import weights as ws
 from condgen.metrics import frechet_distance
 from condgen.models.decoupled import CoupledAE, DecoupledAE
-from condgen.results import merge, row
+from condgen.results import merge_rows, row
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """The name of the new metric, where the registry does not have it yet."""
-    monkeypatch.setitem(metrics.METRICS, "residual_energy", metrics.MetricInfo("residual_energy", "", ""))
+# Edges
 
 
-# edges ---------------------------------------------------------------------------------------------------------------
-
-
-def test_an_edge_is_where_it_should_be():
-    x = ws.edge(torch.tensor([0.0, 2.0, 2.25, 5.0]), 5)
-    assert x.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0.75, 1, 1], [0, 0, 0, 0, 0]]
-    assert torch.allclose(ws.edge(torch.tensor([1.3]), 6).sum(), torch.tensor(6 - 1.3))
+def test_edge_is_at_the_given_position():
+    x = ws.step_edges(torch.tensor([0.0, 2.0, 2.25, 5.0]), 5)
+    assert x.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0.75, 1, 1],
+                          [0, 0, 0, 0, 0]]
+    line = ws.step_edges(torch.tensor([1.3]), 6)
+    assert torch.allclose(line.sum(), torch.tensor(6 - 1.3))
 
 
 @pytest.mark.parametrize("w", [2, 6, 10])
-def test_the_mean_is_the_best_picture_by_squares_and_half_as_steep(w):
-    two = ws.edge(torch.tensor([16 - w / 2, 16 + w / 2], dtype=torch.float64), 32)
+def test_mean_minimises_squared_error_at_half_the_steepness(w):
+    positions = torch.tensor([16 - w / 2, 16 + w / 2], dtype=torch.float64)
+    two = ws.step_edges(positions, 32)
     error = lambda g: (g - two).square().sum(1).mean().item()
     mean = two.mean(0)
     assert error(mean) == w / 4 and error(two[0]) == error(two[1]) == w / 2
-    assert all(error(mean + 0.1 * torch.randn(32, generator=seeded(k), dtype=torch.float64)) > w / 4 for k in range(50))
-    assert ws.steepness(two).tolist() == [1, 1] and ws.steepness(mean[None]).item() == 0.5
+    noise = 0.1 * torch.randn(50, 32, generator=seeded(), dtype=torch.float64)
+    assert all(error(mean + e) > w / 4 for e in noise)
+    assert ws.steepness(two).tolist() == [1, 1]
+    assert ws.steepness(mean[None]).item() == 0.5
 
 
-def test_a_draw_costs_twice_the_ramp():
+def test_sampled_edge_has_twice_the_error_of_the_mean():
     w, n = 50, 4_000
     t = 5 + w * torch.rand(n, generator=seeded(), dtype=torch.float64)
-    x = ws.edge(t, 60)
+    x = ws.step_edges(t, 60)
     ramp = x.mean(0)
     blur = (x - ramp).square().sum(1).mean().item()
     drawn = (x[: n // 2] - x[n // 2 :]).square().sum(1).mean().item()
-    assert blur == pytest.approx(w / 6, rel=0.05) and drawn == pytest.approx(2 * blur, rel=0.05)
+    assert blur == pytest.approx(w / 6, rel=0.05)
+    assert drawn == pytest.approx(2 * blur, rel=0.05)
     assert ws.steepness(ramp[None]).item() == pytest.approx(1 / w, rel=0.1)
 
 
-def test_nothing_that_rises_is_steeper_than_an_edge():
+def test_edge_has_the_maximal_steepness():
     x = torch.rand(2_000, 9, generator=seeded()).sort(1).values
     assert ws.steepness(x).max() <= 1
 
 
-# what is measured ----------------------------------------------------------------------------------------------------
+# Metrics
 
 
 class Pixels(nn.Module):
-    """A judge whose features are pixels."""
+    """An evaluator whose features are pixels."""
 
     def features(self, x):
         return x.flatten(1)
@@ -83,151 +81,173 @@ def build(cls, kick=0.0, **options):
 IMAGES = torch.rand(80, 1, 8, 8, generator=seeded(9))
 
 
-def test_both_paths_are_those_of_the_model_whatever_the_batch():
+def test_both_paths_equal_the_model_for_any_batch_size():
     model = build(DecoupledAE, 0.1)
-    paths = ws.both_paths(model, torch.cat([IMAGES] * 4))
+    paths = ws.reconstruct_both(model, torch.cat([IMAGES] * 4))
     z, none = model.encode(IMAGES), torch.zeros(80, 0)
     with torch.no_grad():
-        for name, wanted in (("G alone", model.base(z, none)), ("picture", model.picture(z, none))):
-            assert paths[name].dtype == torch.float64 and torch.allclose(paths[name][80:160].float(), wanted, atol=1e-6)
+        both = {"G alone": model.base(z, none), "picture": model.picture(z, none)}
+    for name, wanted in both.items():
+        assert paths[name].dtype == torch.float64
+        assert torch.allclose(paths[name][80:160].float(), wanted, atol=1e-6)
 
 
-def test_residual_energy_is_one_for_what_varies_as_images_do():
-    g, real = seeded(), 3 + torch.randn(4_000, 2, 3, generator=seeded(1)) * torch.tensor([1.0, 2.0, 3.0])
-    rest = torch.randn(4_000, 2, 3, generator=g) * torch.tensor([1.0, 2.0, 3.0])
-    assert ws.residual_energy(rest, real) == pytest.approx(1, rel=0.05)
-    assert ws.residual_energy(0.5 * rest, real) == pytest.approx(0.25 * ws.residual_energy(rest, real))
+def test_residual_energy_is_one_at_the_variance_of_images():
+    scale = torch.tensor([1.0, 2.0, 3.0])
+    rest = scale * torch.randn(4_000, 2, 3, generator=seeded())
+    real = 3 + scale * torch.randn(4_000, 2, 3, generator=seeded(1))
+    energy = ws.residual_energy(rest, real)
+    assert energy == pytest.approx(1, rel=0.05)
+    assert ws.residual_energy(0.5 * rest, real) == pytest.approx(0.25 * energy)
     assert ws.residual_energy(0 * rest, real) == 0
 
 
-def test_spread_of_is_relative_and_ignores_the_mean():
+def test_relative_std_ignores_the_mean():
     real = torch.randn(500, 3, 4, generator=seeded())
-    assert ws.spread_of(real + 7, real) == pytest.approx(1)
-    assert ws.spread_of(0.3 * real, real) == pytest.approx(0.3) and ws.spread_of(0 * real, real) == 0
+    assert ws.relative_std(real + 7, real) == pytest.approx(1)
+    assert ws.relative_std(0.3 * real, real) == pytest.approx(0.3)
+    assert ws.relative_std(0 * real, real) == 0
 
 
-def test_numbers_are_those_of_their_definitions():
-    given, reference, model = IMAGES[:40], IMAGES[40:], build(DecoupledAE, 0.1)
-    found = ws.numbers_of(model, Pixels(), given, reference, 3)
-    assert {variant for variant, _ in found} == {"G alone", "picture", "samples", "residual"}
-    shown = model.reconstruct(given)
-    assert found["picture", "reconstruction_l1"] == pytest.approx((shown - given).abs().mean().item(), rel=1e-5)
+def test_measures_equal_their_definitions():
+    inputs, reference, model = IMAGES[:40], IMAGES[40:], build(DecoupledAE, 0.1)
+    found = ws.measure_model(model, Pixels(), inputs, reference, 3)
+    variants = {variant for variant, _ in found}
+    assert variants == {"G alone", "picture", "samples", "residual"}
+    shown = model.reconstruct(inputs)
+    error = (shown - inputs).abs().mean().item()
+    assert found["picture", "reconstruction_l1"] == pytest.approx(error, rel=1e-5)
     wanted = frechet_distance(shown.flatten(1), reference.flatten(1))
     assert found["picture", "frechet"] == pytest.approx(wanted, rel=1e-4)
-    z, none = model.encode(given), torch.zeros(40, 0)
+    z, none = model.encode(inputs), torch.zeros(40, 0)
     with torch.no_grad():
         energy = ws.residual_energy(model.residual(z, none), reference)
     assert found["residual", "residual_energy"] == pytest.approx(energy, rel=1e-4)
-    spread = ws.spread_of(shown.double(), reference.double())
-    assert found["picture", "diversity_pixel"] == pytest.approx(spread, rel=1e-4)
-    assert found != ws.numbers_of(model, Pixels(), given, reference, 4)  # other samples
-    assert found == ws.numbers_of(model, Pixels(), given, reference, 3)
+    std = ws.relative_std(shown.double(), reference.double())
+    assert found["picture", "diversity_pixel"] == pytest.approx(std, rel=1e-4)
+    other = ws.measure_model(model, Pixels(), inputs, reference, 4)  # other samples
+    assert found != other
+    assert found == ws.measure_model(model, Pixels(), inputs, reference, 3)
 
 
-def test_one_path_makes_one_row_and_a_residual_of_zero_makes_the_models_equal():
-    given, reference = IMAGES[:40], IMAGES[40:]
-    one, two = (ws.numbers_of(build(cls), Pixels(), given, reference, 0) for cls in (CoupledAE, DecoupledAE))
+def test_zero_residual_gives_equal_rows_for_both_models():
+    inputs, reference = IMAGES[:40], IMAGES[40:]
+    one, two = (ws.measure_model(build(cls), Pixels(), inputs, reference, 0)
+                for cls in (CoupledAE, DecoupledAE))
     assert {variant for variant, _ in one} == {"picture", "samples"}
     assert two["residual", "residual_energy"] == 0
     assert all(two[key] == pytest.approx(value, rel=1e-6) for key, value in one.items())
     assert two["G alone", "frechet"] == two["picture", "frechet"]
 
 
-# rows and verdict ----------------------------------------------------------------------------------------------------
+# Rows and claims
 
 
-@dataclass
-class Lab:
-    """Trains nothing: hands out models whose last bias is the weight."""
+class UntrainedModels:
+    """A lab that trains nothing: the last bias of its models is the weight."""
 
-    tier: str = "tiny"
-    first: bool = True
-    seed: int = 0
-    asked: list = field(default_factory=list)
+    first, seed, size = True, 0, {"n": 60, "weights": (0.0, 0.1)}
+
+    def __init__(self):
+        images = (IMAGES.repeat(3, 1, 1, 1) * 255).to(torch.uint8)
+        splits = {name: torch.arange(80 * k, 80 * k + 80)
+                  for k, name in enumerate(("train", "val", "test"))}
+        self.data = Dataset("portraits", images, torch.zeros(240, 0), Schema(), splits)
+        self.trained = []
+
+    def evaluator(self, name):
+        self.trained.append((name, {}))
+        return Pixels()
 
     def train(self, name, **arguments):
-        self.asked.append((name, arguments))
-        if name == "judge-faces":
-            return SimpleNamespace(model=Pixels())
-        model = build({"aegan-coupled": CoupledAE, "aegan-faces": DecoupledAE}[name], **arguments)
+        self.trained.append((name, arguments))
+        classes = {"aegan-coupled": CoupledAE, "aegan-faces": DecoupledAE}
+        model = build(classes[name], **arguments)
+        last = (model.refiner if name == "aegan-faces" else model.generator)[-1]
         with torch.no_grad():
-            (model.refiner if name == "aegan-faces" else model.generator)[-1].bias.fill_(arguments["weight"])
+            last.bias.fill_(arguments["weight"])
         return SimpleNamespace(model=model, seconds=1.0)
 
 
-@pytest.fixture
-def faces(monkeypatch):
-    images = (IMAGES.repeat(3, 1, 1, 1) * 255).to(torch.uint8)
-    splits = {name: torch.arange(80 * k, 80 * k + 80) for k, name in enumerate(("train", "val", "test"))}
-    data = Dataset("portraits", images, torch.zeros(240, 0), Schema(), splits)
-    monkeypatch.setattr(ws, "portraits", lambda: data)
-
-
-def test_rows_of_a_seed(faces):
-    lab = Lab()
+def test_rows_of_a_seed():
+    lab = UntrainedModels()
     rows = ws.sweep_weights(lab)
-    asked = [(name, {"weight": w}) for name in ("aegan-coupled", "aegan-faces") for w in (0.0, 0.1)]
-    assert lab.asked == [("judge-faces", {}), *asked]
-    assert rows[0]["model"] == "real training images" and all(r["at"].keys() == {"weight"} for r in rows[1:])
-    assert len(merge(rows)) == len(rows)  # no two of them are the same measurement
-    wanted = "frechet reconstruction_l1 residual_energy diversity_pixel diversity_feature seconds"
-    assert {r["metric"] for r in rows if r["model"] == "decoupled"} == set(wanted.split())
-    found = ws.flatness(rows, (0.0, 0.1))
-    assert found["reconstruction, G alone"]["decoupled"] == 0 and found["reconstruction, picture"]["decoupled"] > 0
+    trained = [(name, {"weight": w}) for name in ("aegan-coupled", "aegan-faces")
+               for w in (0.0, 0.1)]
+    assert lab.trained == [("evaluator-faces", {}), *trained]
+    assert rows[0]["model"] == "real training images"
+    assert all(r["at"].keys() == {"weight"} for r in rows[1:])
+    assert {r["protocol"]["evaluator"] for r in rows} == {"evaluator-faces"}
+    assert len(merge_rows(rows)) == len(rows)  # no two of them are the same measurement
+    wanted = {"frechet", "reconstruction_l1", "residual_energy", "diversity_pixel",
+              "diversity_feature", "seconds"}
+    assert {r["metric"] for r in rows if r["model"] == "decoupled"} == wanted
+    found = ws.weight_sensitivity(rows, (0.0, 0.1))
+    assert found["reconstruction, G alone"]["decoupled"] == 0
+    assert found["reconstruction, picture"]["decoupled"] > 0
     lab.first = False
     assert len(ws.sweep_weights(lab)) == len(rows) - 1
 
 
-def test_the_slider_shows_what_was_kept(faces, tmp_path):
-    lab = Lab()
+def test_slider_shows_the_stored_images(tmp_path):
+    lab = UntrainedModels()
     rows = ws.sweep_weights(lab)
-    ws.picture_sweep(lab, rows, tmp_path, tmp_path / "sweep.cpu.json")
-    shown = ws.pictures_of(tmp_path / "sweep.cpu.png")
-    assert shown.shape == (3, 2, ws.SHOWN, 3, *IMAGES.shape[-2:])
-    given = ws.portraits().images_of("val")[: ws.SHOWN]
-    assert torch.allclose(shown[0, 0], given, atol=1e-6) and torch.equal(shown[0, 0], shown[0, 1])
-    models = [lab.train(name, weight=0.1).model.eval() for name in ws.COMPARED.values()]
+    ws.plot_sweep(lab, rows, tmp_path / "sweep.cpu.json")
+    shown = ws.load_sweep_images(tmp_path / "sweep.cpu.png")
+    assert shown.shape == (3, 2, ws.SHEET_IMAGES, 3, *IMAGES.shape[-2:])
+    given = lab.data.split_images("val")[: ws.SHEET_IMAGES]
+    assert torch.allclose(shown[0, 0], given, atol=1e-6)
+    assert torch.equal(shown[0, 0], shown[0, 1])
+    models = [lab.train(name, weight=0.1).model.eval()
+              for name in ws.COMPARED_RECIPES.values()]
     for k, model in enumerate(models):
-        made = ws.both_paths(model, given)["picture"].clamp(0, 1).float()
+        made = ws.reconstruct_both(model, given)["picture"].clamp(0, 1).float()
         assert (shown[2, k] - made).abs().max() <= 0.5 / 255 + 1e-6
     box = ws.browse_weights(rows, tmp_path / "sweep.cpu.png")
     slider, image, text = box.children
     first, words = image.value, text.value
     slider.value = 1
-    assert image.value != first and text.value != words and slider.options == (("0", 0), ("0.1", 1))
-    distance = next(r["value"] for r in rows if (r["model"], r["variant"], r["metric"], r["at"].get("weight"))
-                    == ("decoupled", "picture", "frechet", 0.1))
+    assert image.value != first and text.value != words
+    assert slider.options == (("0", 0), ("0.1", 1))
+    distance = ws.picture_metrics(rows, "decoupled", 0.1)["frechet"]
     assert f"{distance:.3g}" in text.value
 
 
-def invented(own, other=lambda i: 10 + 7.5 * i, weights=ws.WEIGHTS):
+def invented(own, other=lambda i: 10 + 7.5 * i, weights=ws.ADVERSARIAL_WEIGHTS):
     return [row(model, metric, [f(i) - 1, f(i) + 1], variant, {"weight": w})
-            for i, w in enumerate(weights) for model, f in (("coupled", other), ("decoupled", own))
-            for metric, variant in sorted(set(ws.CLAIMS.values()))]  # fmt: skip
+            for i, w in enumerate(weights)
+            for model, f in (("coupled", other), ("decoupled", own))
+            for metric, variant in sorted(set(ws.CLAIMS.values()))]
 
 
 def test_ranges_are_of_means_over_the_weights_of_the_slides():
     rows = invented(lambda i: {0: 3.0, 5: -50.0}.get(i, 5.0))
-    assert ws.range_over(rows, "decoupled", "frechet", "picture") == 2  # weight 1 does not count
-    assert ws.range_over(rows, "decoupled", "frechet", "picture", ws.CLAIMED[1:]) == 0
-    assert ws.range_over(rows, "coupled", "frechet", "picture") == 30
-    assert ws.range_over(rows, "decoupled", "frechet", "picture", ws.WEIGHTS) == 55
+    # weight 1 does not count
+    assert ws.metric_range(rows, "decoupled", "frechet", "picture") == 2
+    assert ws.metric_range(rows, "coupled", "frechet", "picture") == 30
+    own = "decoupled", "frechet", "picture"
+    assert ws.metric_range(rows, *own, ws.CLAIMED_WEIGHTS[1:]) == 0
+    assert ws.metric_range(rows, *own, ws.ADVERSARIAL_WEIGHTS) == 55
 
 
-@pytest.mark.parametrize(("step", "holds"), [(0.0, True), (9.9, True), (10.1, False), (40.0, False)])
-def test_the_verdict_is_a_third(step, holds):
-    found = ws.flatness(invented(lambda i: 10 + step * (i > 0)))
+@pytest.mark.parametrize(("step", "holds"),
+                         [(0.0, True), (9.9, True), (10.1, False), (40.0, False)])
+def test_sensitivity_threshold_is_one_third(step, holds):
+    found = ws.weight_sensitivity(invented(lambda i: 10 + step * (i > 0)))
     assert set(found) == set(ws.CLAIMS)
     for claim in found.values():
         assert claim["holds"] == holds and claim["ratio"] == pytest.approx(step / 30)
-    assert ws.flatness(invented(lambda i: 1.0, lambda i: 1.0))["reconstruction, picture"]["ratio"] == 0
-    only = ws.flatness(invented(lambda i: float(i), lambda i: 1.0))["reconstruction, picture"]
+    constant = lambda i: 1.0
+    neither = ws.weight_sensitivity(invented(constant, constant))
+    assert neither["reconstruction, picture"]["ratio"] == 0
+    only = ws.weight_sensitivity(invented(float, constant))["reconstruction, picture"]
     assert only["ratio"] == math.inf and not only["holds"]
 
 
 def test_a_missing_weight_is_named():
-    rows = invented(lambda i: 1.0, weights=ws.WEIGHTS[:3])
-    with pytest.raises(ValueError, match="no row for weight 0.01; there are rows for 0, 0.0001, 0.001"):
-        ws.flatness(rows)
+    rows = invented(lambda i: 1.0, weights=ws.ADVERSARIAL_WEIGHTS[:3])
+    message = "no row for weight 0.01; there are rows for 0, 0.0001, 0.001"
+    with pytest.raises(ValueError, match=message):
+        ws.weight_sensitivity(rows)
     with pytest.raises(ValueError, match="there are rows for none"):
-        ws.flatness([])
+        ws.weight_sensitivity([])
