@@ -67,7 +67,7 @@ def test_folders_have_names_without_quotes_or_spaces(tmp_path, monkeypatch):
         return SimpleNamespace(finished=True, seconds=1.0, folder=out,
                                model=training.model)
 
-    monkeypatch.setattr(Lab, "record", record)
+    monkeypatch.setattr(Lab, "run_training", record)
     monkeypatch.setattr("condgen.lab.find", RECIPE.__getitem__)
     lab = Lab(FRONT, "tiny", 0, tmp_path)
     for w in (0.0, 1.0, 0.5):
