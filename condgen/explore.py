@@ -435,7 +435,7 @@ def explore(model: Model, n: int | Tensor = 16, **conditions: Any) -> Explorer:
             model does not accept, or an unknown condition or value.
 
     Example:
-        >>> from condgen.contracts import Classes
+        >>> from condgen.conditions import Classes
         >>> from condgen.models.cglow import CGlow
         >>> explorer = explore(CGlow((1, 16, 16), [Classes("digit", 10)], levels=2,
         ...                          depth=2, width=8), 4, digit=7)

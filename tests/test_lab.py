@@ -27,7 +27,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-component-update", "--disable-sync"]
 MODEL = """
 import torch
-from condgen.contracts import Classes, Code, Model
+from condgen.conditions import Classes, Code
+from condgen.contracts import Model
 
 class Toy(Model):
     def sample(self, n, temperature=0.7, generator=None, **conditions):

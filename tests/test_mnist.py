@@ -2,20 +2,16 @@
 experiment on few images.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
-from condgen import recipes
 from condgen.conditions import Classes, Code, Schema
 from condgen.data import digits
-from condgen.experiments import clusters
-from condgen.experiments import mnist as table1
 from condgen.evaluation import cache_features
-from condgen.experiments.mnist import code_correlations, moments, once
-from condgen.models.classifier import Evaluator
+from condgen.experiments import mnist as table1
+from condgen.experiments.digits import code_correlations, moments
+from condgen.lab import Lab, find_experiment
 
 
 def bar(slope, thick=1.0, size=32):
@@ -79,7 +75,7 @@ def test_cached_evaluator_is_equal_and_evaluated_once():
 
     eye = Eye()
     plain, x = eye.features, torch.rand(6, 1, 2, 2)
-    cache_features(eye, chunks=2)
+    cache_features(eye, max_batches=2)
     with torch.no_grad():
         assert (torch.equal(eye.eval().features(x), plain(x))
                 and torch.equal(eye.features(x), plain(x)))
@@ -94,33 +90,16 @@ def test_cached_evaluator_is_equal_and_evaluated_once():
     assert eye.layer.weight.grad.abs().sum() > 0
 
 
-class Glance(Evaluator):
-    """An evaluator with a small network also for 32 pixels."""
-
-    def __init__(self, shape, conditions):
-        super().__init__((1, 16, 16), conditions)
-        self.shape = shape
-
-
 @pytest.mark.slow
 def test_mnist_experiment_runs(monkeypatch, tmp_path):
-    """On digits in place of MNIST, a few rounds of each training: every number is
-    there, and the flow is shared.
+    """On digits in place of MNIST, two rounds of each training: every number is there,
+    and the flow is shared by seeds.
     """
     data = digits(32)
-    for module in (recipes, table1):
-        monkeypatch.setattr(module, "mnist", lambda: data)
-    recipes.mnist_to_train.cache_clear()
-    lengths = {"tiny": {"judge": 64, "flow": 128, "adversarial": 160}}
-    for name in recipes.EXPERIMENTS["caglow/table1-mnist"].recipes:
-        plan = recipes.RECIPES[name]
-        images = {"tiny": {stage: lengths["tiny"][stage]
-                           for stage in plan.images["tiny"]}}
-        model = ((lambda data, tier: Glance(data.shape, data.conditions))
-                 if name == "evaluator-mnist" else plan.model)
-        monkeypatch.setitem(recipes.RECIPES, name,
-                            replace(plan, images=images, model=model))
-    lab = recipes.Lab("tiny", 0, tmp_path, progress=False)
+    for name in ("whole_mnist", "mnist_for_training"):
+        monkeypatch.setattr(table1, name, lambda tier="cpu": data)
+    experiment = find_experiment("caglow/table1-mnist")
+    lab = Lab(experiment, "tiny", 0, tmp_path, progress=False, rounds=2)
     rows = table1.mnist_table1(lab)
     found = {(r["model"], r["variant"], r["metric"], *r["at"].values()): r
              for r in rows}
@@ -133,41 +112,6 @@ def test_mnist_experiment_runs(monkeypatch, tmp_path):
     assert (found["Glow", "", "frechet"]["paper"] == 25.78
             and found["CAGlow", "literal", "accuracy"]["paper"] is None)
     assert ("CAGlow", "corrected", "code_correlation", 1, "slant") in found
-    padded, original = (found["Glow", "", "bpd"]["value"],
-                        found["Glow", "", "bpd", "original pixel"]["value"])
-    assert original == pytest.approx(padded * 1024 / 784, rel=0.05)
-    again = replace(lab, seed=1, first=False, trained=0.0)
-    assert once(again, "glow-mnist").folder == once(lab, "glow-mnist").folder
+    again = Lab(experiment, "tiny", 1, tmp_path, progress=False, first=False, rounds=2)
+    assert again.train("glow-mnist").folder == lab.train("glow-mnist").folder
     assert again.trained == 0 and lab.trained > 0
-    recipes.mnist_to_train.cache_clear()
-
-
-@pytest.mark.slow
-def test_figure_1_experiment_runs_on_digits(monkeypatch, tmp_path):
-    data = digits(32, copies=2)
-    for module in (recipes, clusters):
-        monkeypatch.setattr(module, "mnist", lambda: data)
-    recipes.mnist_to_train.cache_clear()
-    experiment = recipes.EXPERIMENTS["caglow/fig1-mnist"]
-    monkeypatch.setitem(recipes.EXPERIMENTS, experiment.name,
-                        replace(experiment, data=lambda: data))
-    for name in experiment.recipes:
-        plan = recipes.RECIPES[name]
-        images = {"tiny": {stage: {"flow": 128, "adversarial": 160}[stage]
-                           for stage in plan.images["tiny"]}}
-        monkeypatch.setitem(recipes.RECIPES, name, replace(plan, images=images))
-    path = tmp_path / "fig1-mnist.json"
-    result = recipes.reproduce("caglow/fig1-mnist", "tiny", runs=tmp_path / "runs",
-                               results=path, progress=False)
-    found = {(r["model"], r["variant"], r["metric"], r["at"]["space"]): r["value"]
-             for r in result["rows"]}
-    assert len(found) == len(result["rows"]) == 3 * (3 * 3 + 1)
-    assert all(0 <= v <= 1 for (_, _, metric, _), v in found.items()
-               if metric in ("accuracy", "knn_two_sample"))
-    # its Gaussian start knows the classes
-    assert found["CAGlow", "corrected", "accuracy", "class directions"] > 0.5
-    assert path.with_suffix(".png").stat().st_size > 5_000
-    x, y = clusters.first_per_digit(data, "test", 3)
-    assert (y.tolist() == [k for k in range(10) for _ in range(3)]
-            and x.shape == (30, 1, 32, 32))
-    recipes.mnist_to_train.cache_clear()

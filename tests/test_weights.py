@@ -12,14 +12,16 @@ import condgen as cg
 from condgen.data import IMAGE_ATTRIBUTES, portraits
 from condgen.evaluation import evaluate
 from condgen.models.gan import GAN
-from condgen.recipes import RECIPES, SHIPPED_RECIPES
+from condgen.recipes import declared, resolve
 from condgen.files import read_json, read_tensors
 from condgen.runs import export_pretrained, pretrained_models
 from condgen.training import fit
 
 FACES = "caglow-faces-top"
-GENERATORS = [name
-              for name in SHIPPED_RECIPES if RECIPES[name].evaluator and name != FACES]
+RECIPES = declared("RECIPES")
+SHIPPED_RECIPES = [name for name, recipe in RECIPES.items() if recipe.origin]
+GENERATORS = [name for name in SHIPPED_RECIPES
+              if name not in (FACES, "evaluator-digits")]
 
 
 @cache
@@ -40,7 +42,7 @@ def test_all_shipped_models_exist_and_are_small():
 def test_cards_record_the_origin_of_weights(name):
     card, recipe = read_json(pretrained_models()[name] / "card.json"), RECIPES[name]
     few = name == FACES  # all of them would take a minute to draw
-    data = portraits(n=400) if few else recipe.data()
+    data = portraits(n=400) if few else resolve(recipe.data)("cpu")
     digest = card["data"]["sha256"] if few else data.sha256
     assert (card["data"] == {"name": data.name, "sha256": digest}
             and ("drawn" if few else "Alpaydin") in card["origin"])
@@ -52,7 +54,7 @@ def test_cards_record_the_origin_of_weights(name):
         expected.pop("flow")
         assert "glow-faces" in card["flow"]
     assert lengths == expected and card["training"]["seed"] == 0
-    now = recipe.model(data, "cpu")
+    now = recipe.build(data, "cpu")
     arguments = {**now.arguments, "conditions": now.conditions.to_json()}
     arguments |= {"pretrained": True} if "flow" in card else {}
     assert card["arguments"] == json.loads(json.dumps(arguments))

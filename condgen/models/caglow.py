@@ -185,7 +185,7 @@ class CAGlow(AdversarialLatentModel):
         Liu et al. 2019 (CAGlow), §3.
 
     Example:
-        >>> from condgen.contracts import Classes, Code
+        >>> from condgen.conditions import Classes, Code
         >>> model = CAGlow((1, 16, 16), [Classes("digit", 10), Code("u", 2)], levels=2,
         ...                depth=2, width=8)
         >>> model.sample(3, digit=7, u=[0.5, 0.0]).shape

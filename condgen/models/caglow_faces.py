@@ -147,7 +147,7 @@ class CAGlowFaces(CAGlow):
         Liu et al. 2019 (CAGlow), §4.
 
     Example:
-        >>> from condgen.contracts import Binary, Classes
+        >>> from condgen.conditions import Binary, Classes
         >>> model = CAGlowFaces((3, 16, 16), [Classes("identity", 8), Binary("hat")],
         ...                     levels=2, depth=1, width=8)
         >>> model.sample(3, identity=7, hat=1).shape

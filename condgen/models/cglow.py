@@ -42,7 +42,7 @@ class CGlow(Glow):
             `weight_y`.
 
     Example:
-        >>> from condgen.contracts import Classes
+        >>> from condgen.conditions import Classes
         >>> CGlow((1, 16, 16), [Classes("digit", 10)], levels=2, depth=2,
         ...       width=8).sample(3, digit=7).shape
         torch.Size([3, 1, 16, 16])

@@ -84,7 +84,7 @@ class Evaluator(Model):
         lr: peak learning rate of Adam.
 
     Example:
-        >>> from condgen.contracts import Classes
+        >>> from condgen.conditions import Classes
         >>> Evaluator((1, 16, 16),
         ...           [Classes("digit", 10)]).logits(torch.rand(2, 1, 16, 16)).shape
         torch.Size([2, 10])
@@ -137,7 +137,7 @@ class FaceEvaluator(Evaluator):
     Otherwise as `Evaluator`.
 
     Example:
-        >>> from condgen.contracts import Classes
+        >>> from condgen.conditions import Classes
         >>> FaceEvaluator((3, 16, 16), [Classes("identity", 200)]).logits(
         ...     torch.rand(2, 3, 16, 16)).shape
         torch.Size([2, 200])
@@ -156,7 +156,7 @@ class GuideClassifier(Evaluator):
     """The small network whatever the size of the image; otherwise as `Evaluator`.
 
     Example:
-        >>> from condgen.contracts import Classes
+        >>> from condgen.conditions import Classes
         >>> Reader((1, 32, 32),
         ...        [Classes("digit", 10)]).logits(torch.rand(2, 1, 32, 32)).shape
         torch.Size([2, 10])
