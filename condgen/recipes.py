@@ -77,9 +77,7 @@ class Recipe:
         return inspect.signature(resolve(self.model)).parameters
 
     def build(self, data: Dataset, tier: str, **changes: Any) -> Model:
-        """The untrained model for a data set.
-
-        It is given conditions if it requires them.
+        """The untrained model for a data set, with its conditions if they are required.
 
         Args:
             data: its shape and conditions become the model's.
@@ -127,11 +125,7 @@ def declared(kind: str) -> dict[str, Any]:
 
 
 def find(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ValueError: there is none; the message has the nearest.
-    """
+    """The recipe of that name; a ValueError with the nearest if there is none."""
     recipes = declared("RECIPES")
     if name not in recipes:
         raise ValueError(f"unknown recipe {name!r}; {accepted(recipes, name)}")
@@ -200,9 +194,6 @@ def train(name: str, out: str | Path | None, tier: str = "cpu", seed: int = 0,
         out: run folder; None keeps it in memory.
         tier: size and length.
         seed: of the start, the order of images and all noise.
-        **options: of `fit`.
-
-    Raises:
-        ValueError: an unknown recipe or tier; and as `fit`.
+        **options: of `fit`, whose errors it raises, besides those of `find`.
     """
     return prepare(find(name), tier, seed).run(out, **options)
