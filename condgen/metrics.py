@@ -60,7 +60,7 @@ COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
         "accuracy attribute_accuracy identity_accuracy copy_share knn_two_sample modes "
         "mode_precision mode_share monotonicity rank_agreement diversity_pixel "
-        "diversity_pixel_min diversity_feature diversity_feature_min interference "
+        "diversity_pixel_min diversity_feature diversity_feature_min "
         "centroid_distance silhouette code_correlation temperature").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "

@@ -10,6 +10,7 @@ import pytest
 from condgen import lab as lab_module
 from condgen import recipes
 from condgen.evaluation import Protocol
+from condgen.metrics import differs
 from condgen.lab import Experiment, Lab, find_experiment, run_folder
 from condgen.reproduction import (command_of, probe_differences, probe, record_probe,
                                   reproduce)
@@ -163,6 +164,11 @@ def test_probe_tolerances():
     assert (probe_differences(base, {**base, "losses": {"m.flow.bpd": -7.0}})
             and probe_differences(base, with_row(mae=1.0)))
     assert probe_differences(base, with_row(frechet=float("nan")))
+
+
+def test_small_values_are_compared_relatively():
+    """Interference is a few thousandths: an absolute tolerance would never see it."""
+    assert differs("interference", 0.004, 0.0046) and not differs("interference", 0.04, 0.0402)
 
 
 def test_a_probe_sees_a_sign_and_no_rename(monkeypatch):
