@@ -34,7 +34,8 @@ def model_modules() -> dict[str, str]:
             found[name] = f"models.{path.stem}", re.findall(r"\w+", bases)
 
     def is_model(name: str) -> bool:
-        return name == "Model" or any(map(is_model, found.get(name, ("", []))[1]))
+        bases = found.get(name, ("", []))[1]
+        return name in ("Model", "GeneratorModel") or any(map(is_model, bases))
 
     return {name: module for name, (module, _) in found.items() if is_model(name)}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Terms', 'CONDITION_SCALE', 'seed_of', 'seeded_shuffle', 'Noise', 'Batch', 'Player', 'Stage', 'adam_player',
-           'decay_in_second_half', 'record_arguments', 'draw_rows', 'Model', 'evaluation_mode']
+           'decay_in_second_half', 'record_arguments', 'draw_rows', 'Model', 'GeneratorModel', 'evaluation_mode']
 
 # %% ../nbs/library/802_contracts.ipynb #ae1f3ef2
 import functools
@@ -421,6 +421,44 @@ class Model(nn.Module):
             raise ValueError(f"images of type {x.dtype} with {values}; accepted: "
                              "finite floats in [0, 1]")
         return x.to(self.rows)
+
+# %% ../nbs/library/802_contracts.ipynb #b9890d86
+class GeneratorModel(Model):
+    """Base of models that map a condition and a noise vector to an image in one pass.
+
+    Subclasses set `latent_size` and define `generate`.
+
+    Attributes:
+        latent_size: numbers in a noise vector or code.
+    """
+
+    latent_size: int
+
+    def generate(self, c: Tensor, z: Tensor) -> Tensor:
+        """Images in [0, 1] for conditions `(n, width)` and noise `(n, latent_size)`.
+
+        Unchecked.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how images are generated")
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0,
+               generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
+        """Draw n images `(n, c, h, w)` in [0, 1] from standard normal noise.
+
+        Args:
+            n: how many.
+            temperature: factor on the noise; 0 gives one image for each condition.
+            generator: of the noise and of what is drawn, on the CPU; None: the global
+                one.
+            **conditions: values by name; omitted ones are drawn from training rows,
+                codes uniformly.
+
+        Raises:
+            ValueError: as `Model.draw_inputs`.
+        """
+        return self.generate(*self.draw_inputs(n, self.latent_size, temperature,
+                                               generator, **conditions))
 
 # %% ../nbs/library/802_contracts.ipynb #798ccc8a
 @contextmanager

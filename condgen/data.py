@@ -352,14 +352,7 @@ def portraits(size: int = 32, n: int = 24_000, identities: int = 200,
               columns: Iterable[str] = ("identity", *IMAGE_ATTRIBUTES)) -> Dataset:
     """Rendered faces whose identity also fixes skin, hair and age; 80/10/10 split.
 
-    Args:
-        size: side of the images, 16 to 256 pixels.
-        n: how many.
-        identities: how many people, at most `condgen.faces.IDENTITIES`.
-        columns: factors (`condgen.faces.FACTORS`) that become conditions.
-
-    Raises:
-        ValueError: an unknown factor, or a size or number that is not accepted.
+    Arguments and errors are those of `faces`.
     """
     check_face_arguments(size, n, identities)
     rng = torch.Generator().manual_seed(seed_of("portraits", 0))

@@ -92,7 +92,7 @@ def test_value_refuses_invalid_arguments(arguments, message):
 def test_terms_are_those_of_the_equations():
     model = build().eval()
     batch, soft = batch_of(model.conditions), torch.nn.functional.softplus
-    z, x = batch.randn("z", model.noise), batch.x
+    z, x = batch.randn("z", model.latent_size), batch.x
     fake = torch.sigmoid(model.generator(torch.cat([z, CONDITION_SCALE * batch.c], 1)))
     parts = model.discriminator
     logit = lambda x: parts.joint(  # noqa: E731
@@ -232,7 +232,7 @@ def test_temperature_and_generator():
     for t in (0.3, 1.7):  # the noise is standard normal, times the temperature
         g = seeded(7)
         c = model.condition(4, g, bar=1)
-        z = torch.randn(4, model.noise, generator=g)
+        z = torch.randn(4, model.latent_size, generator=g)
         with torch.no_grad():
             assert torch.equal(model.sample(4, t, seeded(7), bar=1),
                                model.generate(c, t * z))

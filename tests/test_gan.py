@@ -42,7 +42,7 @@ def by_hand(model, batch):
     and the non-saturating game.
     """
     n, width, soft = batch.n, model.conditions.width, torch.nn.functional.softplus
-    z, x = batch.randn("z", model.noise), batch.x
+    z, x = batch.randn("z", model.latent_size), batch.x
     fake = torch.sigmoid(model.generator(torch.cat([z, CONDITION_SCALE * batch.c], 1)))
     h, g = model.trunk(x), model.trunk(fake)
     real, made = model.real(h)[:, 0], model.real(g)[:, 0]
@@ -280,7 +280,7 @@ def test_temperature_and_generator():
     for t in (0.3, 1.7):  # the noise is standard normal, times the temperature
         g = seeded(7)
         c = model.condition(4, g, bar=1)
-        z = torch.randn(4, model.noise, generator=g)
+        z = torch.randn(4, model.latent_size, generator=g)
         with torch.no_grad():
             assert torch.equal(model.sample(4, t, seeded(7), bar=1),
                                model.generate(c, t * z))

@@ -367,7 +367,7 @@ def caae_codes(lab: Lab) -> Rows:
     with evaluation_mode(evaluator):
         real = map_batches(evaluator.features, data.split_images("test"))
     generator = torch.Generator().manual_seed(lab.seed)
-    size = runs["corrected"].model.code_size
+    size = runs["corrected"].model.latent_size
     noise = uniform_codes(len(test), size, generator=generator)
     uniform = ks_distance_to_uniform(noise).mean().item()
     protocol = {"n": len(test), "split": "test", "evaluator": "evaluator-ages"}

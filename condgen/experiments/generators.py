@@ -56,7 +56,8 @@ def plot_dcgan(lab: Lab, rows: Rows, path: Path) -> None:
     model = lab.train("dcgan-digits").model
     x = model.sample(30, generator=torch.Generator().manual_seed(lab.seed))
     with torch.no_grad():
-        line = model.generate(torch.zeros(10, 0), noise_line(model.noise, 10, lab.seed))
+        z = noise_line(model.latent_size, 10, lab.seed)
+        line = model.generate(torch.zeros(10, 0), z)
     images = torch.cat([x, line]).view(4, 10, *model.shape)
     save_figure(traversal(images, ["sample"] * 3 + ["line"], None, scale=0.6), path)
 

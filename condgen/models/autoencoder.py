@@ -12,37 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from ..conditions import check_positive_integer
-from ..contracts import Model
+from ..contracts import GeneratorModel
 
 # %% ../../nbs/autoencoders/400_autoencoder.ipynb #b7d2c1a1
-class AutoencoderModel(Model):
+class AutoencoderModel(GeneratorModel):
     """Base class of models with an encoder of images and a generator from codes.
 
-    Subclasses set `code_size` and define `generate` and, if codes are not simply the
+    Subclasses set `latent_size` and define `generate` and, if codes are not simply the
     output of `encoder`, `codes_of`.
 
     Attributes:
         encoder: images `(n, c, h, w)` in [0, 1] → codes.
-        code_size: numbers in a code.
     """
 
     encoder: nn.Module
-    code_size: int
-
-    def generate(self, c: Tensor, z: Tensor) -> Tensor:
-        """Images in [0, 1] for conditions `(n, width)` and codes `(n, code_size)`.
-
-        Unchecked.
-        """
-        raise TypeError(f"{type(self).__name__} does not say how codes are drawn")
 
     def codes_of(self, x: Tensor) -> Tensor:
-        """Codes `(n, code_size)` of images; as `encode`, without checks."""
+        """Codes `(n, latent_size)` of images; as `encode`, without checks."""
         return self.encoder(x)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Codes `(n, code_size)` of images `(n, c, h, w)` in [0, 1].
+        """Codes `(n, latent_size)` of images `(n, c, h, w)` in [0, 1].
 
         No condition is needed.
 
@@ -56,19 +47,19 @@ class AutoencoderModel(Model):
         """Images `(n, c, h, w)` in [0, 1] of codes.
 
         Args:
-            z: `(n, code_size)`.
+            z: `(n, latent_size)`.
             **conditions: a value for every condition of the model.
 
         Raises:
             ValueError: codes of another shape or not finite; a condition that is
                 missing, unknown or not accepted.
         """
-        fits = isinstance(z, Tensor) and z.dim() == 2 and z.shape[1] == self.code_size
+        fits = isinstance(z, Tensor) and z.dim() == 2 and z.shape[1] == self.latent_size
         if not fits or not bool(torch.isfinite(z).all()):
             given = (f"of shape {tuple(z.shape)}" if isinstance(z, Tensor)
                      else f"given as {type(z).__name__}")
             raise ValueError(f"codes {given}; accepted: "
-                             f"a tensor (n, {self.code_size}) of finite numbers")
+                             f"a tensor (n, {self.latent_size}) of finite numbers")
         c = self.conditions.pack(len(z), **conditions).to(self.rows)
         return self.generate(c, z.to(self.rows))
 

@@ -125,7 +125,7 @@ class ConditionalAutoencoder(AutoencoderModel):
         if n_doublings(self.shape) < 2:
             raise ValueError(f"images of {self.shape[1]}×{self.shape[2]} pixels; "
                              "accepted: sides 16, 32, 64, 128, …")
-        self.code_size = check_positive_integer(code, "code")
+        self.latent_size = check_positive_integer(code, "code")
         trunk, features = downsampling_network(self.shape, width)
         self.encoder = nn.Sequential(trunk, nn.Linear(features, code), nn.Tanh())
         self.generator = upsampling_network(code + self.conditions.width, self.shape,
@@ -156,7 +156,7 @@ class ConditionalAutoencoder(AutoencoderModel):
         Raises:
             ValueError: as `Model.draw_inputs`.
         """
-        noise = n, self.code_size, temperature, generator, uniform_codes
+        noise = n, self.latent_size, temperature, generator, uniform_codes
         return self.generate(*self.draw_inputs(*noise, **conditions))
 
     def edit(self, x: Tensor, **conditions: Any) -> Tensor:
@@ -223,7 +223,7 @@ class CAAE(ConditionalAutoencoder):
         """Discriminator loss of D_z: prior noise against codes."""
         with torch.no_grad():
             z = self.encoder(batch.x.to(self.rows))
-        prior = 2 * batch.rand("prior", self.code_size).to(z) - 1
+        prior = 2 * batch.rand("prior", self.latent_size).to(z) - 1
         return {"D_z": (1.0,
                         minimax_discriminator(self.code_discriminator_net(prior)[:, 0],
                                               self.code_discriminator_net(z)[:, 0]))}

@@ -56,17 +56,8 @@ class FrozenFlowModel(Model):
                generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
         """Draw n images `(n, c, h, w)` in [0, 1].
 
-        Args:
-            n: how many.
-            temperature: factor on all noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows,
-                codes uniformly.
-
-        Raises:
-            ValueError: n below 1, or an unknown condition or value (the message lists
-                the valid ones), or a temperature that is none.
+        `temperature` is a factor on all noise, of the encoder and of the dimensions
+        that it leaves out. Arguments and errors are those of `GeneratorModel.sample`.
         """
         z = self.sample_latent(n, temperature, generator, **conditions)
         with self.glow.sampling_precision():

@@ -8,7 +8,7 @@ __all__ = ['conditional_game_value', 'PairDiscriminator', 'CGAN']
 # %% ../../nbs/conditional/501_cgan.ipynb #c3726b1a
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..blocks import downsampling_network, upsampling_network
 from ..conditions import (
     Condition, accepted, check_nonnegative, check_positive_integer)
 from ..contracts import (
-    CONDITION_SCALE, Batch, Model, Player, Stage, Terms, adam_player,
+    CONDITION_SCALE, Batch, GeneratorModel, Player, Stage, Terms, adam_player,
     decay_in_second_half)
 from ..divergences import check_shapes, check_probs, js
 from ..games import GAMES
@@ -84,7 +84,7 @@ class PairDiscriminator(nn.Module):
         return self.joint(torch.cat([self.trunk(x), CONDITION_SCALE * c], 1))[:, 0]
 
 # %% ../../nbs/conditional/501_cgan.ipynb #dd9d1abb
-class CGAN(Model):
+class CGAN(GeneratorModel):
     """Conditional GAN: generator and discriminator receive the condition.
 
     Args:
@@ -122,7 +122,7 @@ class CGAN(Model):
             raise ValueError(f"CGAN with conditions {self.conditions.names} and codes "
                              f"{self.conditions.codes.names}; accepted: one or more "
                              "conditions and no codes, which are an ACGAN's")
-        self.noise, self.game, self.lr = noise, GAMES[game], lr
+        self.latent_size, self.game, self.lr = noise, GAMES[game], lr
         self.generator = upsampling_network(noise + self.conditions.width, self.shape,
                                             width, "batch")
         self.discriminator = PairDiscriminator(self.shape, self.conditions.width,
@@ -138,7 +138,7 @@ class CGAN(Model):
     def generate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Generated images for the conditions of a batch, and those conditions."""
         c = batch.c.to(self.rows)
-        return self.generate(c, batch.randn("z", self.noise).to(c)), c
+        return self.generate(c, batch.randn("z", self.latent_size).to(c)), c
 
     def discriminator_loss(self, batch: Batch) -> Terms:
         """Discriminator loss on real and generated pairs of the same conditions."""
@@ -163,21 +163,3 @@ class CGAN(Model):
         """One stage: averaged weights, learning rate decay in the second half."""
         return [Stage("adversarial", images=96_000, batch=32, players=self.players,
                       ema=0.995, schedule=decay_in_second_half)]
-
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0,
-               generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
-        """Draw n images `(n, c, s, s)` in [0, 1].
-
-        Args:
-            n: how many.
-            temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows.
-
-        Raises:
-            ValueError: as `Model.draw_inputs`.
-        """
-        inputs = self.draw_inputs(n, self.noise, temperature, generator, **conditions)
-        return self.generate(*inputs)

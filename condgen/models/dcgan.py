@@ -148,7 +148,8 @@ class DCGAN(GAN):
         """The generator, the discriminator's trunk, and how many features it gives."""
         inside = {name: self.batch_norm in ("both", name)
                   for name in ("generator", "discriminator")}
-        generator = dcgan_generator(self.noise, self.shape, width, inside["generator"])
+        generator = dcgan_generator(self.latent_size, self.shape, width,
+                                    inside["generator"])
         trunk = dcgan_trunk(self.shape, width, inside["discriminator"], self.slope)
         return generator, *trunk
 

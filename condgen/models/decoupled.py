@@ -132,8 +132,8 @@ class AdversarialAE(AutoencoderModel):
         if self.conditions.codes:
             raise ValueError(f"codes {self.conditions.codes.names}; accepted: "
                              "supervised conditions, or none")
-        self.code_size, self.weight, self.game, self.lr = (latent, weight, GAMES[game],
-                                                           lr)
+        self.latent_size, self.weight = latent, weight
+        self.game, self.lr = GAMES[game], lr
         trunk, features = downsampling_network(self.shape, width)
         self.encoder = nn.Sequential(trunk, nn.Linear(features, latent))
         self.generator = upsampling_network(latent + self.conditions.width, self.shape,
@@ -166,19 +166,10 @@ class GaussianLatentAE(AdversarialAE):
                generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
         """Draw n images `(n, c, s, s)` in [0, 1].
 
-        Codes are normal, with the mean and covariance of the training codes.
-
-        Args:
-            n: how many.
-            temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows.
-
-        Raises:
-            ValueError: as `Model.draw_inputs`.
+        Codes are normal, with the mean and covariance of the training codes. Arguments
+        and errors are those of `GeneratorModel.sample`.
         """
-        c, eps = self.draw_inputs(n, self.code_size, temperature, generator,
+        c, eps = self.draw_inputs(n, self.latent_size, temperature, generator,
                                   **conditions)
         return self.generate(c, self.codes.draw(eps))
 

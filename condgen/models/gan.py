@@ -7,7 +7,6 @@ __all__ = ['AdversarialModel', 'AdversarialLosses', 'GAN', 'ACGAN']
 
 # %% ../../nbs/autoencoders/401_gan.ipynb #35ca0996
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,12 @@ from ..blocks import downsampling_network, upsampling_network
 from ..conditions import (
     Condition, accepted, check_nonnegative, check_positive_integer)
 from ..contracts import (
-    CONDITION_SCALE, Batch, Model, Player, Stage, Terms, adam_player,
+    CONDITION_SCALE, Batch, GeneratorModel, Player, Stage, Terms, adam_player,
     decay_in_second_half)
 from ..games import GAMES
 
 # %% ../../nbs/autoencoders/401_gan.ipynb #f780e704
-class AdversarialModel(Model):
+class AdversarialModel(GeneratorModel):
     """Generator, discriminator with an auxiliary head, and `sample`.
 
     Args:
@@ -44,7 +43,7 @@ class AdversarialModel(Model):
         check_positive_integer(noise, "noise")
         if not isinstance(game, str) or game not in GAMES:
             raise ValueError(f"game={game!r}; {accepted(GAMES, game)}")
-        self.noise, self.game = noise, GAMES[game]
+        self.latent_size, self.game = noise, GAMES[game]
         self.generator, self.trunk, features = self.networks(width)
         self.real = nn.Linear(features, 1)
         self.reader = (nn.Linear(features, self.conditions.width) if self.conditions
@@ -52,14 +51,14 @@ class AdversarialModel(Model):
 
     def networks(self, width: int) -> tuple[nn.Module, nn.Module, int]:
         """The generator, the discriminator's trunk, and how many features it gives."""
-        inputs = self.noise + self.conditions.width
+        inputs = self.latent_size + self.conditions.width
         generator = upsampling_network(inputs, self.shape, width, "batch")
         return generator, *downsampling_network(self.shape, 2 * width)
 
     def generate(self, c: Tensor, z: Tensor) -> Tensor:
         """Images `(n, c, s, s)` in [0, 1] from conditions and noise.
 
-        Conditions are `(n, width)`, noise is `(n, noise)`.
+        Conditions are `(n, width)`, noise is `(n, latent_size)`.
         """
         return torch.sigmoid(self.generator(torch.cat([z, CONDITION_SCALE * c], 1)))
 
@@ -68,25 +67,6 @@ class AdversarialModel(Model):
         h = self.trunk(x)
         return (self.real(h)[:, 0],
                 self.reader(h) if self.reader else h.new_zeros(len(h), 0))
-
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0,
-               generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
-        """Draw n images `(n, c, s, s)` in [0, 1].
-
-        Args:
-            n: how many.
-            temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows,
-                codes uniformly.
-
-        Raises:
-            ValueError: as `Model.draw_inputs`.
-        """
-        return self.generate(*self.draw_inputs(n, self.noise, temperature, generator,
-                                               **conditions))
 
 # %% ../../nbs/autoencoders/401_gan.ipynb #7ffa4ba0
 class AdversarialLosses(AdversarialModel):
@@ -117,7 +97,7 @@ class AdversarialLosses(AdversarialModel):
         codes = self.conditions.codes.draw(batch.n, batch.rand).to(self.rows)
         known = self.conditions.supervised
         c = torch.cat([batch.c.to(self.rows), codes], 1) if known else codes
-        return self.generate(c, batch.randn("z", self.noise).to(c)), c
+        return self.generate(c, batch.randn("z", self.latent_size).to(c)), c
 
     def condition_terms(self, answers: Tensor, c: Tensor, known: float, codes: float,
                         mark: str = "") -> Terms:

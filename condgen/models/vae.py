@@ -58,17 +58,7 @@ LIKELIHOODS = ("gaussian", "bernoulli")
 class VariationalModel(AutoencoderModel):
     """Encoder and decoder of a VAE with the distributions that they parametrise.
 
-    Args:
-        shape: `(channels, side, side)` of an image; side 8, 16, 32, …
-        conditions: supervised ones, which only the decoder receives; may be empty.
-        latent: numbers in a code.
-        width: channels of the decoder's last map; the encoder begins with twice as
-            many.
-        likelihood: `"gaussian"`: intensities with one learned variance; `"bernoulli"`:
-            intensities as probabilities of black and white pixels.
-
-    Raises:
-        ValueError: an unknown likelihood, unsupervised codes, or sizes that do not fit.
+    Arguments and errors are those of `VAE`.
     """
 
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition],
@@ -80,7 +70,7 @@ class VariationalModel(AutoencoderModel):
         if self.conditions.codes:
             raise ValueError(f"codes {self.conditions.codes.names}; accepted: "
                              "supervised conditions, or none")
-        self.code_size = check_positive_integer(latent, "latent")
+        self.latent_size = check_positive_integer(latent, "latent")
         trunk, features = downsampling_network(self.shape, 2 * width, "batch")
         self.encoder = nn.Sequential(trunk, nn.Linear(features, 2 * latent))
         inputs = latent + self.conditions.width
@@ -159,7 +149,7 @@ class VAE(VariationalModel):
         """The negative bound with one draw of z, in nats per image."""
         x, c = batch.x.to(self.rows), self.packed(batch)
         mean, log_std = self.posterior(x)
-        z = reparametrize(mean, log_std, batch.randn("eps", self.code_size).to(mean))
+        z = reparametrize(mean, log_std, batch.randn("eps", self.latent_size).to(mean))
         return {"reconstruction": (1.0, -self.log_likelihood(x, c, z).mean()),
                 "KL": (self.kl_weight, kl_gaussian(mean, log_std).mean())}
 
@@ -172,23 +162,6 @@ class VAE(VariationalModel):
         """One stage: averaged weights, learning rate decay in the second half."""
         return [Stage("bound", images=128_000, batch=64, players=self.players,
                       ema=0.995, schedule=decay_in_second_half)]
-
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0,
-               generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
-        """Draw n images `(n, c, s, s)` in [0, 1]: means of p(x|z) for z from the prior.
-
-        Args:
-            n: how many.
-            temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of codes and conditions, on the CPU; None: the global one.
-            **conditions: values by name; omitted ones are drawn from training rows.
-
-        Raises:
-            ValueError: as `Model.draw_inputs`.
-        """
-        return self.generate(*self.draw_inputs(n, self.code_size, temperature,
-                                               generator, **conditions))
 
     @torch.no_grad()
     def elbo(self, x: Tensor, samples: int = 1,
@@ -207,7 +180,7 @@ class VAE(VariationalModel):
         Raises:
             ValueError: no such images, or a condition that is missing or not accepted.
         """
-        x, size = self.check_images(x), (len(x), self.code_size)
+        x, size = self.check_images(x), (len(x), self.latent_size)
         c = self.conditions.pack(len(x), **conditions).to(x)
         draws = (torch.randn(size, generator=generator, dtype=x.dtype).to(x)
                  for _ in range(check_positive_integer(samples, "samples")))
