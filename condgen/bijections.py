@@ -205,10 +205,10 @@ def split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
 class Coupling(Bijection):
     """Coupling layer: y₁ = x₁, and y₂ is a transform of x₂ computed from x₁.
 
-    What a kind of coupling is lies in its `transform` and `restore`.
+    Subclasses define `transform` and `restore`.
 
     Args:
-        net: maps x₁ `(n, c//2, …)` to the answer that `transform` needs; need not be
+        net: maps x₁ `(n, c//2, …)` to the parameters of `transform`; need not be
             invertible.
     """
 

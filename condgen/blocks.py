@@ -134,7 +134,7 @@ def downsampling_network(shape: tuple[int, int, int], width: int,
         The network `(n, c, s, s)` → `(n, features)`, and its number of features.
 
     Example:
-        >>> net, features = downsampling((1, 16, 16), 32)
+        >>> net, features = downsampling_network((1, 16, 16), 32)
         >>> net(torch.rand(5, 1, 16, 16)).shape, features
         (torch.Size([5, 1024]), 1024)
     """
@@ -164,7 +164,7 @@ def upsampling_network(dims: int, shape: tuple[int, int, int], width: int,
         them intensities.
 
     Example:
-        >>> upsampling(64, (3, 32, 32), 16)(torch.randn(2, 64)).shape
+        >>> upsampling_network(64, (3, 32, 32), 16)(torch.randn(2, 64)).shape
         torch.Size([2, 3, 32, 32])
     """
     check_sizes(dims=dims, width=width)
