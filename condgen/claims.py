@@ -8,13 +8,12 @@ __all__ = ['KINDS', 'VERDICTS', 'RELATIONS', 'MAX_WORDS', 'Claim', 'Outcome', 's
            'chosen_claims', 'normalize_text', 'missing_quotes', 'Verdict', 'verdict_on', 'claims_text', 'claims_html',
            'claims_table']
 
-# %% ../nbs/reproduction/900_claims.ipynb #e66afbe3
+# %% ../nbs/reproduction/900_claims.ipynb #937ee9c1
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
