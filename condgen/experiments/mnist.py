@@ -63,7 +63,7 @@ def measure_mnist(lab: Lab, name: str, model: Model, evaluator: Any,
 
 
 def mnist_table1(lab: Lab) -> Rows:
-    """Table 1 on MNIST: Glow, CGlow, this book's CAGlow and the paper's networks."""
+    """Table 1 on MNIST: Glow, CGlow, CAGlow (ours) and CAGlow (paper, T)."""
     data, glow, cglow = lab.data, lab.train("glow-mnist"), lab.train("cglow-mnist")
     evaluator, rows = cache_features(lab.evaluator("evaluator-mnist")), []
     flows = (("Glow", glow, {}),

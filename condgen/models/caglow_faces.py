@@ -56,7 +56,7 @@ class FaceEncoder(nn.Module):
 
     References:
         Liu et al. 2019 (CAGlow), §4: scales 2, 2, 1 and channels 128, 512, 48 for
-            CelebA at 64 pixels.
+            CelebA at 64 pixels. The side is not printed; this is reading T, the top.
 
     Example:
         >>> encoder = FaceEncoder(Schema(Classes("identity", 200)), (48, 8, 8))
@@ -124,9 +124,10 @@ class FaceSupervisionBlock(SupervisionBlock):
 
 # %% ../../nbs/caglow/305_faces.ipynb #0fe2cc64
 class CAGlowFaces(CAGlow):
-    """CAGlow with the paper's networks for faces, on the top latent.
+    """CAGlow with the printed networks for faces, in reading T: E writes the top.
 
-    Split latents are noise.
+    Split latents are noise. The paper prints channels and scales, not the side of the
+    maps; its 48 channels also fit the whole latent.
 
     Args:
         shape: `(channels, height, width)`; sides divisible by 2**(levels + 2).
