@@ -157,8 +157,8 @@ class GuideClassifier(Evaluator):
 
     Example:
         >>> from condgen.conditions import Classes
-        >>> Reader((1, 32, 32),
-        ...        [Classes("digit", 10)]).logits(torch.rand(2, 1, 32, 32)).shape
+        >>> GuideClassifier((1, 32, 32), [Classes("digit", 10)]).logits(
+        ...     torch.rand(2, 1, 32, 32)).shape
         torch.Size([2, 10])
     """
 

@@ -32,7 +32,7 @@ def reparametrize(mean: Tensor, log_std: Tensor, eps: Tensor) -> Tensor:
         eps: standard normal noise, `(n, k)`.
 
     References:
-        Kingma & Welling 2014, §2.4 and Eq. 9.
+        Kingma & Welling 2014, §2.4 and §3.
     """
     return mean + log_std.exp() * eps
 
@@ -115,7 +115,8 @@ class VAE(VariationalModel):
 
     Args:
         shape: `(channels, side, side)` of an image; side 8, 16, 32, …
-        conditions: supervised ones, which only the decoder receives; may be empty.
+        conditions: supervised ones, which only the decoder receives, not the encoder;
+            may be empty.
         latent: numbers in a code.
         width: channels of the decoder's last map; the encoder begins with twice as
             many.
@@ -129,7 +130,8 @@ class VAE(VariationalModel):
             codes, another shape, or a number out of range.
 
     References:
-        Kingma & Welling 2014; with conditions: Sohn et al. 2015.
+        Kingma & Welling 2014; conditions as in Sohn et al. 2015, whose recognition
+            network receives them too.
 
     Example:
         >>> model = VAE((1, 16, 16))
@@ -168,8 +170,9 @@ class VAE(VariationalModel):
              generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
         """Lower bound of log p(x | conditions) in nats, `(n,)`.
 
-        Of a density on [0, 1]^d for the Gaussian likelihood; the Bernoulli likelihood
-        of intensities between 0 and 1 belongs to no distribution of images.
+        For the Gaussian likelihood of a density on ℝ^d, of intensities scaled to
+        [0, 1]; the Bernoulli likelihood of intensities between 0 and 1 belongs to no
+        distribution of images.
 
         Args:
             x: images `(n, c, s, s)` in [0, 1].
