@@ -240,7 +240,7 @@ def test_a_card_without_a_field_is_named_to_the_user(tmp_path, field):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
                                 if k != field}))
     code, said = condgen(tmp_path, *TRAIN)
-    assert (code == 2 and f"condgen: run/card.json has no field '{field}'; accepted"
+    assert (code == 2 and f"condgen: run/card.json: no field '{field}'; accepted"
             in said and "Traceback" not in said)
 
 
