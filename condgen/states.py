@@ -80,6 +80,11 @@ def optimizer_misfits(optimizers: list[torch.optim.Optimizer],
         kind = value.dtype if value.dim() == 0 else None
         if p.dim() and kinds.setdefault((i, key), kind) != kind:
             yield f"{name!r} is of another kind than those of other parameters"
+        if value.dim() == 0 and value.dtype not in (
+                torch.float32, torch.int64, torch.get_default_dtype(), p.dtype):
+            yield f"{name!r} is a number of {value.dtype}, needed torch.float32"
+        elif key == "step" and not (value >= 1).all():
+            yield f"{name!r} is {value.tolist()}; accepted: 1 or more"
         if (value.dim() and key not in ("row_var", "col_var")
                 and (value.shape, value.dtype) != (p.shape, p.dtype)):
             yield (f"{name!r} is {tuple(value.shape)} of {value.dtype}, needed "

@@ -838,6 +838,8 @@ def test_a_state_without_a_fact_is_named(stopped):
     ("optimizer.0.1.exp_avg", torch.zeros(3).double(), "of torch.float64, needed"),
     ("optimizer.0.1.exp_avg", None, "is missing"),
     ("optimizer.0.99.exp_avg", torch.zeros(3), "is not part of it"),
+    ("optimizer.0.1.step", torch.tensor(-1.0), r"is -1.0; accepted: 1 or more"),
+    ("optimizer.0.1.step", torch.tensor(math.nan), r"is nan; accepted: 1 or more"),
     ("average.dec.bias", None, "is missing"),
     ("average.dec.bias", torch.zeros(2), r"is \(2,\) of torch.float32, needed \(1,\)"),
     ("best.dec.bia", torch.zeros(1), "is not part of it"),
