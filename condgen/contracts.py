@@ -292,10 +292,15 @@ class Model(nn.Module):
 
     A model is in evaluation mode from its construction on: its verbs neither use nor
     change batch statistics. `fit` puts what it trains into training mode, and back.
+    `load_state_dict` takes condition rows of any number.
 
     Args:
         shape: `(channels, height, width)` of an image.
         conditions: what can be asked for.
+
+    Attributes:
+        fitted: how far `fit` trained it, `{"finished": bool, "images": int}`; empty: it
+            did not.
 
     Raises:
         ValueError: `shape` is not three integers of at least 1.
@@ -303,6 +308,7 @@ class Model(nn.Module):
 
     arguments: dict[str, Any]
     built = 0  # stages whose `build` has shaped this object
+    fitted: dict[str, Any] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -314,10 +320,38 @@ class Model(nn.Module):
         self.shape = tuple(shape) if isinstance(shape, Iterable) else ()
         self.conditions = Schema(conditions)
         if (len(self.shape) != 3
-                or not all(isinstance(k, int) and k >= 1 for k in self.shape)):
+                or not all(type(k) is int and k >= 1 for k in self.shape)):
             raise ValueError(f"shape {shape}; accepted: (channels, height, width)")
         self.register_buffer("rows", torch.zeros(0, self.conditions.supervised.width))
         self.register_buffer("row_counts", torch.zeros(0, dtype=torch.long))
+
+    @property
+    def summary(self) -> str:
+        """Class, shape of images, conditions, and number of parameters."""
+        facts = ("×".join(map(str, self.shape)),
+                 *(self.conditions.names or ["no conditions"]),
+                 f"{sum(p.numel() for p in self.parameters()):,} parameters")
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    @property
+    def fit_status(self) -> str:
+        """How far `fit` trained the model, in words."""
+        if not self.fitted:
+            return "not trained by fit"
+        words = "trained on" if self.fitted["finished"] else "stopped after"
+        return f"{words} {self.fitted['images']:,} images"
+
+    def __repr__(self) -> str:
+        return f"{self.summary[:-1]}, {self.fit_status})"
+
+    def _load_from_state_dict(self, tensors: dict[str, Any], prefix: str,
+                              *rest: Any) -> None:
+        given = [tensors.get(f"{prefix}{name}") for name in ("rows", "row_counts")]
+        if (all(isinstance(t, Tensor) for t in given)
+                and given[0].shape == (*given[1].shape[:1], self.rows.shape[1])):
+            self.rows, self.row_counts = (own.new_empty(t.shape) for own, t in zip(
+                (self.rows, self.row_counts), given))
+        super()._load_from_state_dict(tensors, prefix, *rest)
 
     @property
     def device(self) -> torch.device:

@@ -140,13 +140,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 # %% ../nbs/library/816_files.ipynb #cc1b76af
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a torn last line is left out."""
+    """Rows of a JSON-lines file, up to the first that is torn or no object."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
+        if not isinstance(rows[-1], dict):
+            return rows[:-1]
     return rows
 
 # %% ../nbs/library/816_files.ipynb #ee53a617

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['VALIDATIONS_PER_STAGE', 'LOG_ROWS_PER_STAGE', 'set_stage_lengths', 'first_difference', 'resumable_card',
-           'set_condition_rows', 'begun_precision', 'check_batches', 'decide_precision', 'run_settings', 'RunWriter',
-           'load_finished_run', 'defer_interrupt', 'train_stage', 'train_stages', 'fit']
+           'check_arguments', 'set_condition_rows', 'begun_precision', 'check_batches', 'decide_precision',
+           'run_settings', 'RunWriter', 'load_finished_run', 'defer_interrupt', 'train_stage', 'train_stages', 'fit']
 
 # %% ../nbs/library/808_training.ipynb #0ff176a6
+import functools
 import json
 import math
+import numbers
 import signal
 import threading
 import time
@@ -21,15 +23,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conditions import accepted
+from .cards import build_stages, model_config, read_card
+from .conditions import accepted, check_positive_integer
 from .contracts import Model, Stage
 from .distributed import (
     average_over_processes, broadcast_value, check_same_folder, make_accelerator)
-from condgen.files import (
-    DamagedFile, folder_lock, make_folder, read_json, read_log, write_atomically,
-    write_json)
-from .runs import (Run, build_stages, load_state, load_tensors, model_config,
-                          read_weights, save, save_state, versions)
+from .files import (
+    DamagedFile, folder_lock, make_folder, read_log, write_atomically, write_json)
+from .runs import (Run, load_state, load_tensors, read_weights, save, save_state,
+                          saved_states, state_file, versions)
+from .states import state_misfits
 from .trainer import Data, Trainer, training_context
 
 # %% ../nbs/library/808_training.ipynb #3e33c811
@@ -43,7 +46,7 @@ def set_stage_lengths(stages: list[Stage], images: int | Mapping[str, int] | Non
         batch: for every stage; None: as it is.
 
     Raises:
-        ValueError: an unknown stage, or a number below 1.
+        ValueError: an unknown stage, or a number that is not an integer of at least 1.
     """
     names = [stage.name for stage in stages]
     lengths = (dict(images) if isinstance(images, Mapping)
@@ -53,11 +56,9 @@ def set_stage_lengths(stages: list[Stage], images: int | Mapping[str, int] | Non
             raise ValueError(f"images of stage {name!r}; {accepted(names, name)}")
     for stage in stages:
         for field, value in (("images", lengths.get(stage.name)), ("batch", batch)):
-            if value is not None and value < 1:
-                raise ValueError(f"{field}={value} for stage {stage.name!r}; "
-                                 "accepted: 1 or more")
-            setattr(stage, field,
-                    getattr(stage, field) if value is None else int(value))
+            if value is not None:
+                setattr(stage, field, check_positive_integer(
+                    value, f"stage {stage.name!r}: {field}"))
     return stages
 
 
@@ -77,22 +78,21 @@ def first_difference(have: Any, asked: Any, path: str = "") -> str:
 def resumable_card(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The card of a run that `settings` continue; None if the folder holds no run.
 
+    A card alone, without weights and states, is no run yet.
+
     Raises:
-        DamagedFile: the card lacks a field, or a field that counts is no number.
+        DamagedFile: the card lacks a field, or a field is of another type.
         ValueError: the folder holds a run with other settings; the message says which.
     """
-    path = folder / "card.json"
-    if not path.exists():
+    path, weights = folder / "card.json", folder / "model.safetensors"
+    if not path.exists() or not (weights.exists() or saved_states(folder / "state")):
         return None
-    card = read_json(path)
+    card = read_card(folder)
     counts = ["stage", *(["images", "seconds"] if card.get("finished") else [])]
     for name in (*settings, *counts):
         if name not in card:
-            raise DamagedFile(f"{path} has no field {name!r}; accepted: "
+            raise DamagedFile(f"{path}: no field {name!r}; accepted: "
                               "a card as fit wrote it, or another folder")
-        if name in counts and not isinstance(card[name], int | float):
-            raise DamagedFile(f"{path}: {name!r} is {json.dumps(card[name])}; "
-                              "accepted: a number")
     found = first_difference({name: card[name] for name in settings}, settings)
     if found:
         raise ValueError(f"{folder} holds another run: its {found}; "
@@ -100,6 +100,30 @@ def resumable_card(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | N
     return card
 
 # %% ../nbs/library/808_training.ipynb #3c1d5b18
+def check_arguments(model: Model, data: Data, seed: int, budget: float | None,
+                    save_every: float) -> None:
+    """Refuse what `fit` cannot use before anything is written.
+
+    Raises:
+        ValueError: what was given, and what is accepted.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(f"model given as {type(model).__name__}; accepted: "
+                         "a condgen.Model, such as condgen.Glow(data.shape)")
+    if not all(hasattr(data, name) for name in ("name", "sha256", "table")):
+        raise ValueError(f"data given as {type(data).__name__}; accepted: a data set "
+                         "of condgen.data, or anything with name, sha256 and table")
+    if getattr(data, "shape", model.shape) != model.shape:
+        raise ValueError(f"the model is for images {model.shape}, but {data.name} has "
+                         f"{data.shape}; accepted: the same shape")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed={seed!r}; accepted: an integer")
+    for name, value in (("budget", 0 if budget is None else budget),
+                        ("save_every", save_every)):
+        if not isinstance(value, numbers.Real) or not value >= 0:
+            raise ValueError(f"{name}={value!r}; accepted: seconds, 0 or more")
+
+
 def set_condition_rows(model: Model, data: Data) -> None:
     """Store the data's condition rows in the model, unless it has some.
 
@@ -122,11 +146,8 @@ def begun_precision(folder: Path | None) -> dict[str, bool]:
     """
     if folder is None or not (folder / "card.json").exists():
         return {}
-    training = read_json(folder / "card.json").get("training")
-    stages = training.get("stages") if isinstance(training, dict) else None
-    known = stages.items() if isinstance(stages, dict) else ()
-    return {name: s["bf16"] for name, s in known
-            if isinstance(s, dict) and isinstance(s.get("bf16"), bool)}
+    stages = read_card(folder).get("training", {}).get("stages", {})
+    return {name: bool(stage["bf16"]) for name, stage in stages.items()}
 
 
 def check_batches(stages: list[Stage], model: Model, processes: int) -> None:
@@ -201,9 +222,9 @@ class RunWriter:
         with folder_lock(self.folder):
             yield
 
-    def begin(self, settings: dict[str, Any], stage: int) -> None:
-        """Write a card for a run without one, before anything is computed."""
-        if self.writes and not (self.folder / "card.json").exists():
+    def begin(self, settings: dict[str, Any], stage: int, new: bool) -> None:
+        """Write the card of a new run before anything is computed."""
+        if self.writes and new:
             card = {**settings, "stage": stage, "finished": False,
                     "versions": versions()}
             write_json(self.folder / "card.json", card)
@@ -250,6 +271,7 @@ def load_finished_run(model: Model, stages: list[Stage], folder: Path,
     build_stages(model, stages, card["stage"] + 1)
     load_tensors(model, tensors, folder / "model.safetensors")
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    model.fitted = {"finished": True, "images": card["images"]}
     return Run(model.eval(), folder, log, True, card["images"], card["seconds"])
 
 # %% ../nbs/library/808_training.ipynb #a69d1163
@@ -375,15 +397,18 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
         also after a stop by `budget`.
 
     Raises:
-        ValueError: unknown stage in `images`, a batch too small to normalise, `out`
-            holds a run with other settings or another process trains there, other
-            conditions in `data`, or processes that do not see the same `out`.
-        DamagedFile: the card of the run in `out` lacks a field.
+        ValueError: an argument of another type, unknown stage in `images`, a batch too
+            small to normalise, `out` holds a run with other settings or another process
+            trains there, other shape or conditions in `data`, or processes that do not
+            see the same `out`.
+        DamagedFile: the card of the run in `out` lacks a field, or a field is of
+            another type.
         OSError: `out` cannot be written.
         FloatingPointError: gradients stay infinite or not a number; names stage, image,
             player and term.
     """
-    accelerator = make_accelerator(precision)
+    check_arguments(model, data, seed, budget, save_every)
+    seed, accelerator = int(seed), make_accelerator(precision)
     deadline = math.inf if budget is None else time.monotonic() + budget
     stages = set_stage_lengths(model.stages(), images, batch)
     check_batches(stages, model, accelerator.num_processes)
@@ -399,21 +424,28 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
         check_same_folder(folder, -1, accelerator)
         return done
     with writer.lock(), training_context(model):
-        found = load_state(folder) if folder else None
+        found = (load_state(folder, functools.partial(state_misfits, stages))
+                 if folder else None)
         if folder:
             check_same_folder(folder, found[1]["total"] if found else 0, accelerator)
-            writer.begin(settings, model.built - 1)
+            writer.begin(settings, model.built - 1, not card)
         if found:
-            trainer.restore(stages, *found)
+            trainer.restore(stages, *found,
+                            state_file(folder, found[1]["total"]))
         writer.truncate_log(found[1]["log"] if found else 0,
                             found[1]["seconds"] if found else 0.0)
-        finished = train_stages(trainer, stages, writer, deadline, save_every, progress)
+        finished = False
+        try:
+            finished = train_stages(trainer, stages, writer, deadline, save_every,
+                                    progress)
+        finally:
+            model.fitted = {"finished": finished, "images": trainer.total}
         seconds = writer.seconds
         if writer.writes:
             more = {k: v
                     for k, v in settings.items() if k not in ("class", "arguments")}
-            save(model, folder, **more, images=trainer.total, seconds=seconds,
-                 finished=finished, threads=torch.get_num_threads())
+            save(model, folder, **more, **model.fitted, seconds=seconds,
+                 threads=torch.get_num_threads())
         accelerator.wait_for_everyone()
     return Run(model, folder, writer.log, finished, trainer.total, seconds)
 

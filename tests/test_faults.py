@@ -209,6 +209,18 @@ def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path, damag
 
 
 @forks
+def test_samples_of_a_stopped_training_come_with_a_warning(whole, tmp_path):
+    condgen(tmp_path, *TRAIN, "--budget", "0s")
+    sample = ["sample", "run", "-n", "1", "-o", "a.png"]
+    code, said = condgen(tmp_path, *sample)
+    assert (code == 0 and "condgen: run: not trained to its end: it stopped after 64 "
+            "images in stage 'flow' (1 of 1); the same fit or train command" in said)
+    assert condgen(tmp_path, *TRAIN)[0] == 0
+    code, said = condgen(tmp_path, *sample)
+    assert code == 0 and "not trained" not in said
+
+
+@forks
 @pytest.mark.parametrize("limit", [200, 100_000])
 def test_full_disk_stops_training_without_data_loss(whole, tmp_path, limit):
     """No file may grow beyond `limit` bytes: neither card nor state fits, or
@@ -240,7 +252,7 @@ def test_a_card_without_a_field_is_named_to_the_user(tmp_path, field):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
                                 if k != field}))
     code, said = condgen(tmp_path, *TRAIN)
-    assert (code == 2 and f"condgen: run/card.json has no field '{field}'; accepted"
+    assert (code == 2 and f"condgen: run/card.json: no field '{field}'; accepted"
             in said and "Traceback" not in said)
 
 

@@ -62,9 +62,10 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int,
     for name, value in (("levels", levels), ("depth", depth), ("width", width)):
         if value < 1:
             raise ValueError(f"{name}={value}; accepted: 1 or more")
-    if h % 2**levels or w % 2**levels:
+    unit = 2**min(levels, 63)  # no side is divisible by more
+    if h % unit or w % unit:
         raise ValueError(f"images of {h}×{w} for {levels} levels; accepted: "
-                         f"sides divisible by {2**levels} "
+                         f"sides divisible by {unit} "
                          "(pad 28×28 digits to 32×32, or use fewer levels)")
     parts, kept = [], 0
     for i in range(levels):
