@@ -72,6 +72,8 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int,
         # hidden values, patches and what is as small as the input
         kept += depth * h * w * (2 * width + 9 * c)
         steps = [GlowStep(c, width, coupling) for _ in range(depth)]
+        for step in steps:
+            step.channels_last = True
         if i < levels - 1:
             steps.append(SplitPrior(ZeroConv(c // 2, 2 * (c - c // 2))))
             c //= 2
