@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..bijections import (
     ActNorm, AdditiveCoupling, AffineCoupling, Chain, Coupling, InvertibleConv,
     initialize_from_data, n_positions, split_channels)
-from ..conditions import accepted
+from ..checks import accepted
 from ..reversible import (
     accumulate_sums, apply_coupling_net, backward_by_autograd, coupling_net_backward,
     coupling_net_forward, network_dtype, row_chunks, transforms_active)
