@@ -180,7 +180,7 @@ def find_run(source: str) -> Path:
 
 def resolve_temperature(model: Any, given: float | None) -> float:
     "The temperature that was asked for, or the default of the model's `sample`."
-    from condgen.conditions import check_temperature
+    from condgen.checks import check_temperature
 
     return (signature(model.sample).parameters["temperature"].default if given is None
             else check_temperature(given))

@@ -32,7 +32,7 @@ AT_HOME = {"explore": {"ipywidgets", "anywidget"}, "game_explorer": {"ipywidgets
 MATHEMATICS = ("bijections", "blocks", "bounds", "divergences", "games", "instability",
                "reversible")
 TORCH_ONLY = {**dict.fromkeys(MATHEMATICS, {"torch", "numpy"}),
-              "conditions": {"torch", "numpy"}, "contracts": {"torch"},
+              "checks": {"torch"}, "conditions": {"torch", "numpy"}, "contracts": {"torch"},
               "drawing": {"torch"}, "faces": {"torch", "numpy"}, "files": {"torch"},
               "metrics": {"torch"}, "peers": {"torch"}, "trainer": {"torch"},
               "training": {"torch"}}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..conditions import accepted, check_positive_integer
+from ..checks import accepted, check_positive_integer
 from .caglow import CAGlow
 from .caglow_networks import Encoder
 from .glow import Glow

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..blocks import downsampling_network, upsampling_network
 from ..bounds import bernoulli_log_prob
-from ..conditions import (
-    Condition, accepted, check_nonnegative, check_positive_integer)
+from ..checks import (
+    accepted, check_generator, check_nonnegative, check_positive_integer, check_sizes)
+from ..conditions import Condition
 from ..contracts import (CONDITION_SCALE, Batch, Player, Stage, Terms,
                                adam_player, decay_in_second_half)
 from .autoencoder import AutoencoderModel
@@ -71,6 +72,7 @@ class VariationalModel(AutoencoderModel):
             raise ValueError(f"codes {self.conditions.codes.names}; accepted: "
                              "supervised conditions, or none")
         self.latent_size = check_positive_integer(latent, "latent")
+        check_sizes(width=width)
         trunk, features = downsampling_network(self.shape, 2 * width, "batch")
         self.encoder = nn.Sequential(trunk, nn.Linear(features, 2 * latent))
         inputs = latent + self.conditions.width
@@ -181,8 +183,10 @@ class VAE(VariationalModel):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: no such images, or a condition that is missing or not accepted.
+            ValueError: no such images, a condition that is missing or not accepted, or
+                samples or a generator that are none.
         """
+        check_generator(generator)
         x, size = self.check_images(x), (len(x), self.latent_size)
         c = self.conditions.pack(len(x), **conditions).to(x)
         draws = (torch.randn(size, generator=generator, dtype=x.dtype).to(x)
