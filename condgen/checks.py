@@ -22,9 +22,10 @@ from torch import Tensor
 def accepted(valid: Iterable[object], given: object = "") -> str:
     """End of an error message: the accepted values and the nearest match."""
     names = [str(v) for v in valid]
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    lowered = {name.casefold(): name for name in reversed(names)}
+    close = difflib.get_close_matches(str(given).casefold(), lowered, n=1, cutoff=0.5)
     return (f"accepted: {', '.join(names) or 'nothing'}"
-            + (f"; did you mean {close[0]!r}?" if close else ""))
+            + (f"; did you mean {lowered[close[0]]!r}?" if close else ""))
 
 # %% ../nbs/library/800_checks.ipynb #920c5ce5
 def is_number(value: object) -> bool:

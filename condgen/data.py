@@ -420,8 +420,9 @@ def load(name: str, size: int | None = None) -> Dataset:
         return DATASETS[name](**more)
     if name in prepared_names():
         return prepared(name, **more)
-    if Path(name).exists():
-        return folder(name, **more)
+    path = Path(name)
+    if name.strip() and (path.is_dir() or path.is_file()):
+        return folder(path, **more)
     choice = accepted([*DATASETS, *prepared_names()], name)
     place = (f"prepared sets in {data_folder()}" if data_folder().is_dir()
              else f"no prepared sets, for there is no folder {data_folder()}")

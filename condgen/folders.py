@@ -418,8 +418,10 @@ def read_prepared(
     base = Path(root or data_folder())
     path = base / name / f"{name}.zip"
     if not path.exists():
-        raise FileNotFoundError(f"no prepared set {name!r} in {base}; "
-                                f"{accepted(prepared_names(base), name)}")
+        there = prepared_names(base)
+        choice = (accepted(there, name) if there else "accepted: a set that `condgen "
+                  "data prepare NAME --from FOLDER` made; there is none yet")
+        raise FileNotFoundError(f"no prepared set {name!r} in {base}; {choice}")
     if conditions is None and columns is None:
         table = read_table(path.with_name("labels.csv").read_bytes(), "labels.csv")
         columns = [column for column in table
