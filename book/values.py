@@ -3,7 +3,7 @@
 In the text of a chapter a number of a result stands between two comments, which readers
 do not see: ``<!--= caglow/digits | CAGlow | | accuracy | | .3f -->0.991<!--/-->``. The
 fields are experiment, model, variant, metric, point (``key=value`` pairs with commas)
-and format. ``python -m book.values`` writes every number anew; a test holds them equal.
+and format, perhaps followed by ``min`` or ``max`` over training seeds. ``python -m book.values`` writes every number anew; a test holds them equal.
 """
 
 import json
@@ -16,9 +16,9 @@ import nbformat
 from condgen.results import stored
 
 NUMBER = re.compile(r"<!--= (?P<spec>[^>]*?) -->(?P<text>.*?)<!--/-->")
-# a typed result: digits with a point or a percent sign
-TYPED = re.compile(r"\d+\.\d+|\d+(?:\.\d+)? ?%")
-CLOSING = re.compile(r"^## What the (?:paper|slides) says?.*?(?=^## |\Z)", re.M | re.S)
+# a typed result: digits with a point or a percent sign; sections of papers are none
+TYPED = re.compile(r"(?<![§.\d])\d+(?:\.\d+(?: ?%)?| ?%)")
+CLOSING = re.compile(r"^## What the (?:papers?|slides) says?[^\n]*\n.*?(?=^## |\Z)", re.M | re.S)
 
 
 def point(text: str) -> dict[str, object]:
@@ -49,7 +49,12 @@ def value(spec: str) -> str:
             if (r["model"], r["variant"], r["metric"], r["at"]) == wanted]
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} rows of {experiment} fit {spec!r}; accepted: one")
-    return format(rows[0]["value"], form)
+    form, _, end = form.partition(" ")
+    ends = {"": rows[0]["value"], "min": min(rows[0]["values"]),
+            "max": max(rows[0]["values"])}
+    if end not in ends:
+        raise ValueError(f"{spec!r} ends in {end!r}; accepted: min, max, or nothing")
+    return format(ends[end], form)
 
 
 def refresh(text: str) -> str:
@@ -60,7 +65,8 @@ def refresh(text: str) -> str:
 def typed_numbers(text: str) -> list[str]:
     """Numbers in the closing section of a chapter that do not come from a row.
 
-    Mathematics, code and quotations do not count.
+    Mathematics, code, quotations and names of sections do not count: a setting stands
+    as mathematics or code.
     """
     found = []
     for section in CLOSING.findall(text):

@@ -150,6 +150,14 @@ def test_tables_show_quotation_and_verdict():
         assert "exactly false" in shown and "CAGLOW-11" in shown
 
 
+def test_every_tested_claim_stands_in_a_chapter():
+    chapters = [p.read_text("utf-8") for p in Path("nbs").rglob("*.ipynb")
+                if p.name != "900_claims.ipynb"]
+    shown = " ".join(text for text in chapters if "claims_table" in text)
+    tested = [c.id for c in CLAIMS.values() if c.tests or c.ours]
+    assert [name for name in tested if name not in shown] == []
+
+
 def test_a_claim_without_comparison_needs_a_reason():
     with pytest.raises(ValueError, match="neither"):
         Claim(**{**ENTRY, "reason": ""})
