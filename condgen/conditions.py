@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESERVED_NAMES', 'CONDITION_TYPES', 'accepted', 'check_positive_integer', 'check_nonnegative', 'python_numbers',
-           'check_temperature', 'as_numeric_tensor', 'Condition', 'Classes', 'bernoulli_nll', 'Binary', 'Real', 'Code',
-           'condition_from_json', 'Schema']
+           'check_temperature', 'as_numeric_tensor', 'identifier', 'Condition', 'Classes', 'bernoulli_nll', 'Binary',
+           'Real', 'Code', 'condition_from_json', 'Schema']
 
 # %% ../nbs/library/801_conditions.ipynb #90602059
 import difflib
@@ -90,7 +90,16 @@ def as_numeric_tensor(value: Any) -> Tensor | None:
     return None if v.is_complex() else v.double() if v.dtype == torch.bool else v
 
 # %% ../nbs/library/801_conditions.ipynb #b30205b7
-RESERVED_NAMES = ("n", "temperature", "generator", "self", "x", "z")
+RESERVED_NAMES = (
+    "dims", "generator", "help", "images", "model", "n", "number", "out", "rows",
+    "samples", "seed", "self", "temperature", "x", "z")
+
+
+def identifier(text: str) -> str:
+    """A text as the name of a condition: `5 o'clock` → `_5_o_clock`, `n` → `n_`."""
+    name = "".join(c if f"_{c}".isidentifier() else "_" for c in text)
+    name = name if name.isidentifier() else f"_{name}"
+    return f"{name}_" if name in RESERVED_NAMES or keyword.iskeyword(name) else name
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,10 @@ class Condition:
     supervised = True  # known for training images; codes are not
 
     def __post_init__(self) -> None:
-        name = self.name
-        if (not isinstance(name, str) or not name.isidentifier()
-                or keyword.iskeyword(name) or name in RESERVED_NAMES):
-            raise ValueError(f"condition name {name!r}; accepted: a Python identifier "
-                             f"other than {', '.join(RESERVED_NAMES)}")
+        if not isinstance(self.name, str) or self.name != identifier(self.name):
+            raise ValueError(f"condition name {self.name!r}; accepted: a Python "
+                             f"identifier such as {identifier(str(self.name))!r}, not "
+                             f"the argument {', '.join(RESERVED_NAMES)}")
 
     @property
     def width(self) -> int:
@@ -258,9 +266,10 @@ class Real(Condition):
         super().__post_init__()
         ends = [self.low, self.high]
         if (not all(isinstance(end, numbers.Real) for end in ends)
-                or not -math.inf < ends[0] < ends[1] < math.inf):
+                or not -math.inf < ends[0] < ends[1] < math.inf
+                or not 2 * (ends[1] - ends[0]) < math.inf):
             raise ValueError(f"{self.name}: from {self.low} to {self.high}; accepted: "
-                             "two numbers, the lower one first")
+                             "two numbers, the lower one first, at most 8e307 apart")
         for field, end in zip(("low", "high"), python_numbers(ends)):
             object.__setattr__(self, field, end)
 
