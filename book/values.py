@@ -3,7 +3,8 @@
 In the text of a chapter a number of a result stands between two comments, which readers
 do not see: ``<!--= caglow/digits | CAGlow | | accuracy | | .3f -->0.991<!--/-->``. The
 fields are experiment, model, variant, metric, point (``key=value`` pairs with commas)
-and format, perhaps followed by ``min`` or ``max`` over training seeds. ``python -m book.values`` writes every number anew; a test holds them equal.
+and format, perhaps followed by ``min`` or ``max`` over training seeds.
+``python -m book.values`` writes every number anew; a test holds them equal.
 """
 
 import json

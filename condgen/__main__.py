@@ -432,10 +432,11 @@ def benchmark(tier: Annotated[str, typer.Option(
 def data_list() -> None:
     "Data sets that can be loaded now."
     from condgen.data import DATASETS
-    from condgen.folders import data_folder, prepared_names
+    from condgen.folders import NO_FOLDER, data_folder, prepared_names
 
     typer.echo(f"built in or downloaded: {', '.join(DATASETS)}")
-    typer.echo(f"prepared in {data_folder()}: {', '.join(prepared_names()) or 'none'}")
+    typer.echo(f"prepared in {data_folder() or NO_FOLDER}: "
+               f"{', '.join(prepared_names()) or 'none'}")
 
 
 @data_app.command("prepare")

@@ -8,16 +8,19 @@ __all__ = ['LabelledFile', 'DOWNLOAD_READERS', 'find_in_download', 'read_celeba'
 # %% ../nbs/library/819_downloads.ipynb #918f9bf5
 import csv
 import io
-import os
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .conditions import accepted
-from .folders import SPLITS, assign_splits, data_folder, read_square_image
+from .files import atomic_file, make_folder, write_atomically
+from .folders import (
+    NO_FOLDER, SPLITS, assign_splits, check_image_size, data_folder)
+from .images import read_square_image
 
 # %% ../nbs/library/819_downloads.ipynb #4cfd67c3
 LabelledFile = tuple[str, bytes, dict[str, Any]]
@@ -39,12 +42,17 @@ def read_celeba(source: Path) -> Iterator[LabelledFile]:
     tables = [find_in_download(source, name).read_text().splitlines() for name in names]
     attributes, identity, part = ([line.split() for line in table if line.strip()]
                                   for table in tables)
-    people, parts = dict(identity), dict(part)
+    people, parts = ({line[0]: line[-1] for line in table}
+                     for table in (identity, part))
     for file, *flags in attributes[2:]:
-        on = {name: int(flag == "1")
-              for name, flag in zip(attributes[1], flags, strict=True)}
-        (yield file, (images / file).read_bytes(),
-         {"identity": people[file], "split": SPLITS[int(parts[file])], **on})
+        try:
+            labels = {"identity": people[file], "split": SPLITS[int(parts[file])],
+                      **{name: int(flag == "1") for name, flag in zip(
+                          attributes[1], flags, strict=True)}}
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{source}: the tables {', '.join(names)} do not agree "
+                             f"on {file!r}") from error
+        yield file, (images / file).read_bytes(), labels
 
 
 def read_lfw(source: Path) -> Iterator[LabelledFile]:
@@ -93,6 +101,12 @@ def prepare(name: str, source: str | Path, out: str | Path | None = None,
 
     Returns:
         The folder, which `condgen.data.prepared("<name><size>")` opens.
+
+    Raises:
+        ValueError: an unknown name, a size that is not 1 to 4096, no or damaged images,
+            or one name twice.
+        OSError: no such download, or the folder cannot be written. Nothing has changed
+            then, nor after Ctrl-C.
     """
     from PIL import Image
 
@@ -102,22 +116,34 @@ def prepare(name: str, source: str | Path, out: str | Path | None = None,
     if not Path(source).is_dir():
         raise FileNotFoundError(f"{source} is not a folder; accepted: "
                                 "the folder of the official download")
-    target = Path(out or data_folder()) / f"{name}{size}"
-    target.mkdir(parents=True, exist_ok=True)
-    made, rows = target / f"{target.name}.zip", []
-    with zipfile.ZipFile(made.with_suffix(".part"), "w") as z:
-        for file, raw, labels in make(Path(source)):
-            stream = io.BytesIO()
-            Image.fromarray(read_square_image(raw, file, size, crop)[0]).save(
-                stream, "JPEG", quality=92, subsampling=0)
-            z.writestr(zipfile.ZipInfo(file), stream.getvalue())
-            rows.append({"file": file, **labels})
-    if not rows:
-        raise ValueError(f"{source} holds no images of {name}")
-    with open(target / "labels.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(made.with_suffix(".part"), made)
+    base = Path(out) if out else data_folder()
+    if base is None:
+        raise ValueError(f"the prepared set would go to {NO_FOLDER}; accepted: out=…")
+    target = base / f"{name}{check_image_size(size)}"
+    rows: dict[str, dict[str, Any]] = {}
+    make_folder(target)
+    try:
+        with atomic_file(target / f"{target.name}.zip") as made:
+            with zipfile.ZipFile(made, "w") as z:
+                for file, raw, labels in make(Path(source)):
+                    if file in rows:
+                        raise ValueError(f"{source} holds {file!r} twice; accepted: "
+                                         "one download")
+                    rows[file] = {"file": file, **labels}
+                    stream = io.BytesIO()
+                    Image.fromarray(read_square_image(raw, file, size, crop)[0]).save(
+                        stream, "JPEG", quality=92, subsampling=0)
+                    z.writestr(zipfile.ZipInfo(file), stream.getvalue())
+            if not rows:
+                raise ValueError(f"{source} holds no images of {name}")
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, list(next(iter(rows.values()))),
+                                    lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows.values())
+            write_atomically(target / "labels.csv", table.getvalue().encode())
+    finally:
+        with suppress(OSError):  # it holds something, unless this run failed
+            target.rmdir()
     return target
 

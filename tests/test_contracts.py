@@ -4,10 +4,13 @@ chapter on contracts.
 
 import copy
 import importlib
+import inspect
 import json
 import keyword
 import math
+import pkgutil
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,10 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from typer.main import get_command
 
+import condgen
+from condgen.__main__ import app
 from condgen.checks import accepted, check_positive_integer, check_temperature
 from condgen.conditions import (
-    RESERVED_NAMES, Binary, Classes, Code, Condition, Real, Schema, points_on_line)
+    RESERVED_NAMES, Binary, Classes, Code, Condition, Real, Schema, identifier,
+    points_on_line)
 from condgen.contracts import Batch, Model, Noise, Player, Stage, draw_rows, seed_of
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -98,9 +105,55 @@ def test_values_are_refused(condition, values, message):
         assert str(found.value) == f"{condition.name}={value}; {message}"
 
 
+def arguments_beside_conditions() -> set[str]:
+    """Names in signatures that also take conditions by name, and `condgen sample`'s."""
+    command = get_command(app).commands["sample"]
+    found = {name[2:] for option in command.get_params(click.Context(command))
+             for name in option.opts if name.startswith("--")}
+    for info in pkgutil.walk_packages(condgen.__path__, "condgen."):
+        parts = [part for part in vars(importlib.import_module(info.name)).values()
+                 if getattr(part, "__module__", "") == info.name]
+        parts += [f for part in parts if inspect.isclass(part)
+                  for f in vars(part).values()]
+        for function in filter(inspect.isfunction, parts):
+            given = inspect.signature(function).parameters.values()
+            if any(p.kind is p.VAR_KEYWORD and p.name in ("conditions", "values")
+                   for p in given):
+                found |= {p.name for p in given if p.kind in (
+                    p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return found
+
+
+def test_reserved_names_are_those_of_all_signatures():
+    assert sorted(RESERVED_NAMES) == sorted(arguments_beside_conditions())
+
+
+@pytest.mark.parametrize("name", RESERVED_NAMES)
+def test_names_of_arguments_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'; accepted: .* '{name}_', not the"):
+        Binary(name)
+    assert Binary(f"{name}_").name == f"{name}_"
+
+
+@pytest.mark.parametrize("kind", ["CGlow", "VAE"])
+def test_ends_of_a_line_and_conditions_may_be_called_a_and_b(kind):
+    sizes = {"levels": 1, "depth": 1, "width": 8} if kind == "CGlow" else {}
+    model = getattr(condgen, kind)((1, 8, 8), [Binary("a"), Binary("b")], **sizes)
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert model.interpolate(x[0], x[1], 3, a=0, b=1).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("5 o'clock", "_5_o_clock"), ("class", "class_"), ("seed", "seed_"), ("m²", "m_"),
+    ("", "_"), ("²", "_"), ("आयु", "आयु"), ("age", "age")])
+def test_texts_become_names_of_conditions(text, name):
+    assert identifier(text) == name and Binary(name).name == name
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: Condition("2d"),
-     "condition name '2d'; accepted: a Python identifier other than n, temperature"),
+     "condition name '2d'; accepted: a Python identifier such as '_2d', not the "
+     "argument dims, generator, "),
     (lambda: Binary("class"), "condition name 'class'"),
     (lambda: Binary("x"), "condition name 'x'"),
     (lambda: Classes(10, "digit"), "condition name 10"),

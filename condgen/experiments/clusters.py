@@ -20,6 +20,7 @@ from ..contracts import Model
 from ..data import Dataset
 from ..evaluation import compare_labelled_sets
 from .digits import PLAIN, augmented_digits, gaussian_start
+from ..files import write_atomically
 from ..lab import Experiment, Lab, Rows
 from ..metrics import accuracy, fisher_directions
 from ..models.glow import Glow
@@ -234,7 +235,7 @@ def plot_mnist_clusters(lab: Lab, rows: Rows, result: Path) -> None:
     handles, names = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=6, fontsize=9,
                handletextpad=0.3)
-    result.with_suffix(".png").write_bytes(figure_png(fig))
+    write_atomically(result.with_suffix(".png"), figure_png(fig))
 
 # %% ../../nbs/caglow/306_clusters.ipynb #49fc74a0
 MNIST_SIZE = {"n": 300, "learn": 400, "shown": 60}

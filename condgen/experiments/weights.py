@@ -24,6 +24,7 @@ from ..contracts import evaluation_mode
 from ..evaluation import generate
 from .portraits import FACES, PORTRAITS
 from ..figures import sheet
+from ..files import write_atomically
 from ..lab import Experiment, Lab, Rows
 from ..metrics import diversity, frechet_distance, map_batches
 from ..models.classifier import Evaluator
@@ -208,8 +209,9 @@ def plot_sweep(lab: Lab, rows: Rows, path: Path) -> None:
             made = [reconstruct_both(model, x)["picture"].clamp(0, 1).float()
                     for model in models]
         lines.append(torch.cat(made))
-    pixels = sheet(torch.cat(lines), rows=len(lines), gap=0)
-    Image.fromarray(pixels.numpy()).save(path.with_suffix(".png"))
+    pixels, stream = sheet(torch.cat(lines), rows=len(lines), gap=0), io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(stream, "PNG")
+    write_atomically(path.with_suffix(".png"), stream.getvalue())
 
 
 def weights_of(rows: Rows) -> list[float]:
@@ -223,7 +225,8 @@ def load_sweep_images(path: Path) -> Tensor:
     Returns:
         `(1 + weights, 2, SHEET_IMAGES, 3, s, s)` in [0, 1]; the portraits come first.
     """
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float() / 255
+    with Image.open(path, formats=("PNG",)) as stored:
+        pixels = torch.from_numpy(np.array(stored.convert("RGB"))).float() / 255
     side = pixels.shape[1] // (2 * SHEET_IMAGES)
     cells = pixels.unflatten(1, (2, SHEET_IMAGES, side)).unflatten(0, (-1, side))
     return cells.permute(0, 2, 3, 5, 1, 4)

@@ -63,7 +63,8 @@ class AutoencoderModel(GeneratorModel):
         """Images from their codes, with a value for every condition of the model."""
         return self.decode(self.encode(x), **conditions)
 
-    def interpolate(self, a: Tensor, b: Tensor, n: int, **conditions: Any) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, /, n: int,
+                    **conditions: Any) -> Tensor:
         """n images on the straight line between the codes of two images.
 
         Args:

@@ -314,7 +314,8 @@ class Glow(Model):
             return self.decode_packed(z.to(self.device), c.to(self.device))
 
     @torch.no_grad()
-    def interpolate(self, a: Tensor, b: Tensor, n: int, **conditions: Any) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, /, n: int,
+                    **conditions: Any) -> Tensor:
         """Decode n points on the line between the latents of images `a` and `b`.
 
         `a` and `b` are `(c, h, w)`; the result is `(n, c, h, w)`.
