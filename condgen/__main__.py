@@ -270,7 +270,10 @@ def reproduce(
             help="Folder of the runs; runs/FAMILY if not given.")] = None,
         results: Annotated[Path | None, typer.Option(
             help="Result file; "
-                "data/results/NAME.TIER.json if not given.")] = None) -> None:
+                "data/results/NAME.TIER.json if not given.")] = None,
+        jobs: Annotated[int, typer.Option(
+            help="How many trainings side by side, one thread each.",
+            min=1)] = 1) -> None:
     """Run an experiment of the book and store its numbers.
 
     The same command goes on where it was interrupted.
@@ -284,7 +287,7 @@ def reproduce(
     begun = time.time()
     with exit_on_interrupt():
         result = reproduce(name, tier, seeds, seed, parse_duration(budget), runs,
-                           results)
+                           results, jobs=jobs)
     for row in result["rows"]:
         if row["model"] == "evaluator" and row["metric"] == "accuracy":
             share = format_number(row["value"], row["low"], row["high"])
