@@ -1646,6 +1646,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                       'condgen.reproduction.record_probe': ( 'library/reproduction.html#record_probe',
                                                                              'condgen/reproduction.py'),
                                       'condgen.reproduction.reproduce': ('library/reproduction.html#reproduce', 'condgen/reproduction.py'),
+                                      'condgen.reproduction.task_name': ('library/reproduction.html#task_name', 'condgen/reproduction.py'),
                                       'condgen.reproduction.train_task': ( 'library/reproduction.html#train_task',
                                                                            'condgen/reproduction.py')},
             'condgen.results': { 'condgen.results.confidence_interval': ('library/results.html#confidence_interval', 'condgen/results.py'),

@@ -303,7 +303,7 @@ def run_tasks(plan: list[Task], jobs: int, folder: Path, threads: int = 1,
                                "same command goes on from there") from error
         found = []
     errors = [error for error in found if error is not None]
-    if interrupted:
+    if interrupted or not (errors or board.is_finished):
         raise KeyboardInterrupt("stopped, in states that can be resumed")
     if errors:
         raise errors[0]

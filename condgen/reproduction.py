@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE_ROUNDS', 'LabFacts', 'probe', 'probe_differences', 'record_probe', 'command_of', 'continued', 'reproduce',
            'add_seeds', 'check_probe', 'measure_seed', 'add_seed', 'join_seed', 'new_lab', 'train_task', 'measure_task',
-           'join_task', 'plan_of', 'export_all']
+           'join_task', 'task_name', 'plan_of', 'export_all']
 
 # %% ../nbs/library/821_reproduction.ipynb #507d5c28
 import math
@@ -332,6 +332,11 @@ def join_task(facts: LabFacts, out: str, proof: Mapping[str, Any], path: str,
     add_seed(new_lab(facts, seconds), proof, Path(path), read_json(Path(out)))
 
 
+def task_name(recipe: str, seed: int) -> str:
+    """The name of the task that trains a recipe."""
+    return f"{recipe}, seed {0 if find(recipe).shared else seed}"
+
+
 def plan_of(labs: list[Lab], proof: Mapping[str, Any], path: Path,
             place: Path) -> list[Task]:
     """The tasks of an experiment: trainings, then measuring and joining each seed.
@@ -347,21 +352,19 @@ def plan_of(labs: list[Lab], proof: Mapping[str, Any], path: Path,
     for lab in labs:
         facts = (lab.experiment.name, lab.tier, lab.seed, str(lab.folder.absolute()),
                  lab.progress, lab.first)
-
-        def named(recipe: str, seed: int = lab.seed) -> str:
-            return f"{recipe}, seed {0 if find(recipe).shared else seed}"
-
-        declared_ = [recipe for recipe in lab.experiment.trained
-                     if any(loss.startswith(f"{recipe}.") for loss in proof["losses"])]
-        for recipe in declared_:
-            after = tuple(map(named, find(recipe).parents.values()))
-            task = Task(named(recipe), train_task, (facts, recipe), after, not after)
-            plan.setdefault(task.name, task)
-        own, out = f"{lab.experiment.name}, seed {lab.seed}", f"{lab.seed}.json"
-        facts_out = (facts, str(place.absolute() / out))
-        plan[own] = Task(own, measure_task, facts_out, tuple(map(named, declared_)))
-        joined = Task(f"{own}, joined", join_task,
-                      (*facts_out, proof, str(path.absolute())), (own, *before))
+        names = []
+        for recipe in lab.experiment.trained:
+            if any(loss.startswith(f"{recipe}.") for loss in proof["losses"]):
+                after = tuple(task_name(parent, lab.seed)
+                              for parent in find(recipe).parents.values())
+                task = Task(task_name(recipe, lab.seed), train_task, (facts, recipe),
+                            after, turns=not after)
+                plan.setdefault(task.name, task)
+                names.append(task.name)
+        own, out = f"measuring seed {lab.seed}", str(place.absolute() / f"{lab.seed}")
+        plan[own] = Task(own, measure_task, (facts, out), tuple(names))
+        joined = Task(f"joining seed {lab.seed}", join_task,
+                      (facts, out, proof, str(path.absolute())), (own, *before))
         plan[joined.name], before = joined, (joined.name,)
     return [*plan.values()]
 
