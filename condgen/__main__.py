@@ -325,7 +325,10 @@ def reproduce(
             "--runs", help="Folder of the runs; runs/FAMILY if not given.")] = None,
         results: Annotated[Path | None, path_option(
             "--results", help="Result file; data/results/NAME.TIER.json if not given."
-        )] = None) -> None:
+        )] = None,
+        jobs: Annotated[int, typer.Option(
+            help="How many trainings side by side, one thread each.",
+            min=1)] = 1) -> None:
     """Run an experiment of the book and store its numbers.
 
     The same command goes on where it was interrupted.
@@ -349,7 +352,8 @@ def reproduce(
     check_place(runs or "runs", folder=True)
     try:
         with exit_on_interrupt():
-            result = reproduce(name, tier, seeds, seed, seconds, runs, results)
+            result = reproduce(name, tier, seeds, seed, seconds, runs, results,
+                               jobs=jobs)
     except OutOfTime as stop:
         typer.echo(stop)
         return

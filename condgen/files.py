@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_folder', 'atomic_file', 'write_atomically', 'check_place', 'DamagedFile', 'json_bytes', 'write_json',
-           'read_json', 'digest', 'write_tensors', 'read_tensors', 'read_log', 'folder_lock']
+           'read_json', 'digest', 'write_tensors', 'read_tensors', 'read_log', 'FolderInUse', 'folder_lock']
 
 # %% ../nbs/library/816_files.ipynb #c9b869c3
 import errno
@@ -200,12 +200,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 # %% ../nbs/library/816_files.ipynb #ee53a617
+class FolderInUse(ValueError):
+    """Another process trains in this folder."""
+
+
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder against other trainings, where file locks exist.
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a folder against other processes, where file locks exist.
+
+    Args:
+        folder: there already.
+        wait: until the other process is done, in place of an error.
 
     Raises:
-        ValueError: somebody else holds it.
+        FolderInUse: another process holds it.
     """
     try:
         import fcntl
@@ -214,11 +222,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
         return
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(place, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(place)
-        raise ValueError(f"another process trains in {folder}; accepted: "
-                         "wait for its end, or another folder") from None
+        raise FolderInUse(f"another process trains in {folder}; accepted: "
+                          "wait for its end, or another folder") from None
     except OSError:  # this drive has no locks
         pass
     try:
