@@ -7,7 +7,7 @@ __all__ = ['INTERRUPTED_EXIT_CODE', 'CLOSED_PIPE_EXIT_CODE', 'CommandError', 'ap
            'Seed', 'Temperature', 'Budget', 'FAILURE_WAIT_SECONDS', 'Commands', 'error_line', 'parse_duration',
            'parse_path', 'path_option', 'check_condition', 'parse_conditions', 'list_', 'exit_on_interrupt', 'train',
            'find_run', 'resolve_temperature', 'load_model_with', 'sample', 'evaluate', 'reproduce', 'probe',
-           'benchmark', 'data_list', 'data_prepare', 'relaunch_processes', 'run', 'main']
+           'benchmark', 'data_list', 'data_prepare', 'run', 'main']
 
 # %% ../nbs/reproduction/902_command_line.ipynb #e274d26a
 import io
@@ -462,23 +462,6 @@ def data_prepare(name: Annotated[str, typer.Argument(help="celeba, lfw or utkfac
         check_place(out, folder=True)
     typer.echo(prepare(name, source, out, size))
 
-# %% ../nbs/reproduction/902_command_line.ipynb #216ed2e8
-def relaunch_processes() -> None:
-    "Relaunch a single CPU process of `accelerate launch` as N processes."
-    if "MASTER_ADDR" not in os.environ:
-        return
-    import psutil
-
-    from condgen.distributed import launched_single_process, communicates_on_cpu
-
-    asked = (" ".join(psutil.Process().parent().cmdline()).replace("_", "-")
-             if launched_single_process() else "")
-    number = re.search(r" --num-processes[ =](\d+) ", asked)
-    if number and "--num-machines" not in asked and communicates_on_cpu():
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                    number[1], "-m", "condgen"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
-
 # %% ../nbs/reproduction/902_command_line.ipynb #bc6f7389
 # seconds, far longer than a launcher needs to end all processes when one has failed
 FAILURE_WAIT_SECONDS = 10.0
@@ -493,6 +476,8 @@ def run() -> None:
 
 def main() -> None:
     "Entry point; processes other than the first print only their errors."
+    from condgen.distributed import relaunch_processes
+
     relaunch_processes()
     if not int(os.environ.get("RANK", 0)):
         return run()

@@ -475,10 +475,8 @@ class GeneratorModel(Model):
         Args:
             n: how many.
             temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows,
-                codes uniformly.
+            generator: of noise and conditions, on the CPU; None: the global one.
+            **conditions: values by name; omitted ones are drawn from training rows.
 
         Raises:
             ValueError: as `Model.draw_inputs`.
