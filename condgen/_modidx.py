@@ -1940,6 +1940,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                   'condgen.training.defer_interrupt': ('library/training.html#defer_interrupt', 'condgen/training.py'),
                                   'condgen.training.first_difference': ('library/training.html#first_difference', 'condgen/training.py'),
                                   'condgen.training.fit': ('library/training.html#fit', 'condgen/training.py'),
+                                  'condgen.training.holds_run': ('library/training.html#holds_run', 'condgen/training.py'),
                                   'condgen.training.load_finished_run': ('library/training.html#load_finished_run', 'condgen/training.py'),
                                   'condgen.training.resumable_card': ('library/training.html#resumable_card', 'condgen/training.py'),
                                   'condgen.training.run_settings': ('library/training.html#run_settings', 'condgen/training.py'),
