@@ -7,7 +7,7 @@ __all__ = ['LOWER_IS_BETTER', 'HIGHER_IS_BETTER', 'NO_BETTER_DIRECTION', 'COUNT_
            'MetricInfo', 'tolerance_of', 'metric_info', 'differs', 'check_point_sets', 'frechet_distance',
            'map_batches', 'frechet', 'accuracy', 'diversity', 'point_distances', 'nearest_neighbours',
            'neighbour_shares', 'same_set_shares', 'check_labels', 'group_by_class', 'knn_two_sample',
-           'centroid_distance', 'silhouette', 'fisher_directions']
+           'centroid_distance', 'silhouette', 'scatter_ratio', 'fisher_directions']
 
 # %% ../nbs/library/809_metrics.ipynb #cce61569
 import math
@@ -55,7 +55,7 @@ HIGHER_IS_BETTER = (
 )
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
-    "residual_energy estimated_age:years"
+    "residual_energy estimated_age:years scatter_ratio step_ratio"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
@@ -407,6 +407,33 @@ def silhouette(x: Tensor, labels: Tensor) -> float:
 
     return float(silhouette_score(x.detach().double().cpu().numpy(),
                                   labels.cpu().numpy()))
+
+# %% ../nbs/library/809_metrics.ipynb #d41f07ab
+def scatter_ratio(x: Tensor, labels: Tensor) -> float:
+    """Variance of class means over variance within classes, traces of both.
+
+    Both are the unbiased estimates of a one-way analysis of variance, so that the ratio
+    may be slightly negative where classes do not differ.
+
+    Args:
+        x: `(n, f)`.
+        labels: `(n,)`, two classes or more, and more points than classes.
+
+    Raises:
+        ValueError: other labels.
+    """
+    check_labels(labels, x)
+    _, index, sizes = labels.unique(return_inverse=True, return_counts=True)
+    n, k = len(x), len(sizes)
+    if k < 2 or n <= k:
+        raise ValueError(f"{n} points of {k} classes; accepted: two classes or more, "
+                         "and more points than classes")
+    x = x.detach().double() - x.double().mean(0)
+    means = x.new_zeros(k, x.shape[1]).index_add(0, index, x) / sizes[:, None]
+    within = (x - means[index]).square().sum() / (n - k)
+    between = (means.square().sum(1) * sizes).sum() / (k - 1)
+    each = (n - sizes.double().square().sum() / n) / (k - 1)
+    return float((between - within) / (each * within))
 
 # %% ../nbs/library/809_metrics.ipynb #6852eef5
 def fisher_directions(x: Tensor, labels: Tensor) -> Tensor:

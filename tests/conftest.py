@@ -34,7 +34,7 @@ def probes_of(kind: str) -> list[str]:
     from condgen.recipes import declared
 
     faces = lambda e: any(word in e.data for word in ("portrait", "ageing", "face",
-                                                      "photo", "utkface"))
+                                                      "photo", "utkface", "printed"))
     return [name for name, e in declared("EXPERIMENTS").items()
             if faces(e) == (kind == "faces")]
 
