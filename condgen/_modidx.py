@@ -907,8 +907,6 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                                       'condgen/experiments/printed.py'),
                                              'condgen.experiments.printed.attributes_of': ( 'caglow/printed_protocols.html#attributes_of',
                                                                                             'condgen/experiments/printed.py'),
-                                             'condgen.experiments.printed.conditional_models': ( 'caglow/printed_protocols.html#conditional_models',
-                                                                                                 'condgen/experiments/printed.py'),
                                              'condgen.experiments.printed.cumulative_attributes': ( 'caglow/printed_protocols.html#cumulative_attributes',
                                                                                                     'condgen/experiments/printed.py'),
                                              'condgen.experiments.printed.drawn_people': ( 'caglow/printed_protocols.html#drawn_people',

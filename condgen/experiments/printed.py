@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'PEOPLE', 'SIZES', 'BLACK', 'BLOND', 'PEOPLE_DATA', 'TRAINING', 'FLOW_SIZE', 'LENGTHS', 'FLOW_LENGTHS',
-           'RECIPES', 'SAMPLED', 'PARTS', 'TEMPERATURE', 'PAPER_INTERFERENCE', 'FIGURE4', 'COSTS', 'TRAINED',
-           'N_AND_DIRECTIONS', 'EXPERIMENTS', 'drawn_people', 'attributes_of', 'add_attribute', 'printed_people',
-           'printed_training', 'lengths', 'encoder_recipe', 'conditional_models', 'pairs_of_sets', 'figure1_latents',
-           'latents_apart', 'plot_latents_apart', 'without_attributes', 'add_at_random', 'images_and_conditions',
-           'stored_directions', 'predictions_by_step', 'attribute_probabilities', 'cumulative_attributes',
-           'figure4_states', 'side_effects', 'plot_side_effects', 'processor_seconds', 'generate_once',
-           'generation_costs']
+           'RECIPES', 'PARTS', 'PAPER_INTERFERENCE', 'FIGURE4', 'COSTS', 'TRAINED', 'N_AND_DIRECTIONS', 'EXPERIMENTS',
+           'drawn_people', 'attributes_of', 'add_attribute', 'printed_people', 'printed_training', 'lengths',
+           'encoder_recipe', 'pairs_of_sets', 'figure1_latents', 'latents_apart', 'plot_latents_apart',
+           'without_attributes', 'add_at_random', 'images_and_conditions', 'stored_directions', 'predictions_by_step',
+           'attribute_probabilities', 'cumulative_attributes', 'figure4_states', 'side_effects', 'plot_side_effects',
+           'processor_seconds', 'generate_once', 'generation_costs']
 
 # %% ../../nbs/caglow/315_printed_protocols.ipynb #bcc086a3
 import statistics
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..conditions import Binary, Classes, Schema
-from ..contracts import Model, seed_of, seeded_shuffle
+from ..contracts import seed_of, seeded_shuffle
 from ..data import Dataset, drawing_fingerprint, render_cached
-from ..evaluation import Predictions, sample_for_conditions
+from ..evaluation import Predictions
 from .portraits import (
     PAPER_RULES, ModelKey, inferred_and_sampled_latents)
 from ..faces import FACTORS, edit_factors, person_factors, render_bytes
@@ -169,15 +168,7 @@ RECIPES = [
 ]
 
 # %% ../../nbs/caglow/315_printed_protocols.ipynb #a9d32aa9
-SAMPLED = {("CGlow", ""): "printed-cglow", ("CAGlow", "ours"): "printed-caglow",
-           ("CAGlow", "reading T"): "printed-caglow-top"}
 PARTS = ("inferred", "held-out", "sampled")
-
-
-def conditional_models(lab: Lab) -> dict[ModelKey, Model]:
-    """Those of `SAMPLED` that the experiment of a lab declares, trained."""
-    return {key: lab.train(recipe).model for key, recipe in SAMPLED.items()
-            if recipe in lab.experiment.trained}
 
 
 def pairs_of_sets(data: Dataset, each: int) -> Tensor:
@@ -200,7 +191,7 @@ def figure1_latents(lab: Lab) -> dict[ModelKey, tuple[Tensor, dict[str, Tensor]]
     Held-out latents are inferred from other images of the same people; the sampled ones
     have the conditions of the first set and temperature 1.
     """
-    models = conditional_models(lab)
+    models = {("CGlow", ""): lab.train("printed-cglow").model}
     index = pairs_of_sets(lab.data, lab.size["each"])
     found = inferred_and_sampled_latents(models, lab.data, index, lab.seed)
     n = len(index) // 2
@@ -255,7 +246,6 @@ def plot_latents_apart(lab: Lab, rows: Rows, result: Path) -> None:
     save_figure(fig, result.with_suffix(".png"))
 
 # %% ../../nbs/caglow/315_printed_protocols.ipynb #a291487b
-TEMPERATURE = 0.7
 PAPER_INTERFERENCE = {
     ("CGlow", ""): (0.004350, 0.023215, 0.047055, 0.077767),
     ("Glow+store", ""): (0.002245, 0.007213, 0.014352, 0.023767),
@@ -332,8 +322,7 @@ def predictions_by_step(
     """The evaluator's predictions on each model's images of a sequence of states.
 
     `drawn` is the drawn truth. Glow with stored directions changes the drawn image of
-    the first state. CGlow and CAGlow sample each state from its conditions, the noise
-    of an image being the same in all states.
+    the first state.
 
     Args:
         lab: trains, and has the size `directions`.
@@ -348,9 +337,6 @@ def predictions_by_step(
               ("Glow+store", ""): [drawn[0], *(
                   edit_with_directions(glow, drawn[0], directions, one)
                   for one in change[1:])]}
-    for key, model in conditional_models(lab).items():
-        images[key] = [sample_for_conditions(model, data, one, TEMPERATURE, lab.seed)
-                       for one in c]
     return {key: [Predictions(x, one, evaluator) for x, one in zip(own, c, strict=True)]
             for key, own in images.items()}
 
