@@ -1,10 +1,11 @@
 """Numbers in prose that come from stored rows.
 
 In the text of a chapter a number of a result stands between two comments, which readers
-do not see: ``<!--= caglow/digits | CAGlow | | accuracy | | .3f -->0.991<!--/-->``. The
+do not see: ``<!--= caglow/digits; CAGlow; ; accuracy; ; .3f -->0.991<!--/-->``. The
 fields are experiment, model, variant, metric, point (``key=value`` pairs with commas)
-and format, perhaps followed by ``min`` or ``max`` over training seeds.
-``python -m book.values`` writes every number anew; a test holds them equal.
+and format, perhaps followed by ``min`` or ``max`` over training seeds. A line must not
+begin with the form: Markdown would read the whole line as HTML. ``python -m
+book.values`` writes every number anew; a test holds them equal.
 """
 
 import json
@@ -25,7 +26,7 @@ CLOSING = re.compile(r"^## What the (?:papers?|slides) says?[^\n]*\n.*?(?=^## |\
 def point(text: str) -> dict[str, object]:
     """The point of a sweep that ``key=value, …`` names; values are JSON, or text."""
     found = {}
-    for pair in filter(None, map(str.strip, text.split(","))):
+    for pair in filter(None, map(str.strip, re.split(r",(?=\s*\w+=)", text))):
         key, _, value = pair.partition("=")
         try:
             found[key] = json.loads(value)
@@ -40,10 +41,10 @@ def value(spec: str) -> str:
     Raises:
         ValueError: the specification is not complete, or fits no row or several.
     """
-    fields = [field.strip() for field in spec.split("|")]
+    fields = [field.strip() for field in spec.split(";")]
     if len(fields) != 6:
-        raise ValueError(f"{spec!r} has {len(fields)} fields; accepted: experiment | "
-                         "model | variant | metric | point | format")
+        raise ValueError(f"{spec!r} has {len(fields)} fields; accepted: experiment; "
+                         "model; variant; metric; point; format")
     experiment, model, variant, metric, at, form = fields
     wanted = (model, variant, metric, point(at))
     rows = [r for r in stored(experiment)
