@@ -24,7 +24,8 @@ from .metrics import differs
 from .recipes import check_tier, declared, find, prepare, resolve, train
 from .results import (row_label, merge_rows, read_results, result_path,
     save_results, set_aside, stale, versions, write_results)
-from .files import folder_lock, make_folder, read_json, write_atomically, write_json
+from .files import (
+    folder_lock, make_folder, read_json, write_atomically, write_json)
 from .runs import export_pretrained
 from .threads import threads_are_fixed, use_threads
 

@@ -9,7 +9,7 @@ __all__ = ['MIN_GAIN', 'TRIAL_ROUNDS', 'threads_are_fixed', 'use_threads', 'medi
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,15 +35,17 @@ def use_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def median_seconds(step: Callable[[], object], numbers: tuple[int, ...]) -> list[float]:
+def median_seconds(step: Callable[[], object], numbers: Iterable[int],
+                   rounds: int = TRIAL_ROUNDS) -> list[float]:
     """Median duration of `step` with each number of threads, their calls alternating.
 
     Args:
-        step: is called `TRIAL_ROUNDS` times with each number.
-        numbers: of threads.
+        step: what is timed.
+        numbers: of threads, all different.
+        rounds: how often it is called with each; the first call does not count.
     """
     found: dict[int, list[float]] = {number: [] for number in numbers}
-    for _ in range(TRIAL_ROUNDS):
+    for _ in range(rounds):
         for number in numbers:
             with use_threads(number):
                 start = time.perf_counter()

@@ -296,7 +296,8 @@ def choose_threads(trainer: Trainer) -> int:
     It is measured for one process on the CPU. In a short stage, and where the user has
     fixed it, it is PyTorch's.
     """
-    accelerator, stage, own = trainer.accelerator, trainer.stage, torch.get_num_threads()
+    accelerator, stage = trainer.accelerator, trainer.stage
+    own = torch.get_num_threads()
     if (own == 1 or threads_are_fixed() or accelerator.num_processes > 1
             or accelerator.device.type != "cpu"
             or stage.images < MIN_ROUNDS_FOR_TRIAL * stage.batch):
