@@ -963,6 +963,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                        'condgen/experiments/speed.py'),
                                            'condgen.experiments.speed.measure_memory': ( 'flows/memory_and_speed.html#measure_memory',
                                                                                          'condgen/experiments/speed.py'),
+                                           'condgen.experiments.speed.neighbour_rows': ( 'flows/memory_and_speed.html#neighbour_rows',
+                                                                                         'condgen/experiments/speed.py'),
                                            'condgen.experiments.speed.noise_images': ( 'flows/memory_and_speed.html#noise_images',
                                                                                        'condgen/experiments/speed.py'),
                                            'condgen.experiments.speed.our_glow': ( 'flows/memory_and_speed.html#our_glow',

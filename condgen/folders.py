@@ -413,8 +413,9 @@ def read_images(files: FolderOrZip, names: list[str], size: int | None) -> Tenso
         raise ValueError(f"{files.path.name}: {len(names):,} images of {side} × "
                          f"{side} pixels do not fit into memory; choose a smaller size"
                          ) from None
-    bar = tqdm(names, f"reading {files.path.name}", unit="img", delay=1)
-    for i, name in enumerate(bar):
+    out[0] = first
+    bar = tqdm(names[1:], f"reading {files.path.name}", unit="img", delay=1)
+    for i, name in enumerate(bar, 1):
         out[i], one = read_square_image(files.read(name), name, side)
         grey = grey and one
     return torch.from_numpy(out[..., : 1 if grey else 3]).permute(0, 3, 1,

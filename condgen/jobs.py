@@ -28,7 +28,7 @@ from .threads import use_threads
 from .training import defer_interrupt
 
 # %% ../nbs/library/825_jobs.ipynb #f13fd227
-TURN_SECONDS = 20.0  # of a task that takes turns with others
+TURN_SECONDS = 10.0  # of a task that takes turns with others
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,17 @@ def use_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def median_seconds(step: Callable[[], object], numbers: tuple[int, ...]) -> list[float]:
+def median_seconds(step: Callable[[], object], numbers: Iterable[int],
+                   rounds: int = TRIAL_ROUNDS) -> list[float]:
     """Median duration of `step` with each number of threads, their calls alternating.
 
     Args:
-        step: is called `TRIAL_ROUNDS` times with each number.
-        numbers: of threads.
+        step: what is timed.
+        numbers: of threads, all different.
+        rounds: how often it is called with each; the first call does not count.
     """
     found: dict[int, list[float]] = {number: [] for number in numbers}
-    for _ in range(TRIAL_ROUNDS):
+    for _ in range(rounds):
         for number in numbers:
             with use_threads(number):
                 start = time.perf_counter()
@@ -106,8 +108,7 @@ def resumed_threads(begun: int | None, folder: Path | None) -> int:
 def choose_threads(trainer: Any) -> int:
     """The number of threads for a run that has entered its first stage.
 
-    It is measured for one process on the CPU, with rounds of `trainer`, a
-    `condgen.trainer.Trainer`. In a short stage, and where the user has
+    It is measured for one process on the CPU. In a short stage, and where the user has
     fixed it, it is PyTorch's.
     """
     accelerator, stage = trainer.accelerator, trainer.stage

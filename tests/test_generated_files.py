@@ -11,10 +11,10 @@ import stat
 import struct
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 import zlib
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from condgen.conditions import RESERVED_NAMES, Binary, Classes, Real
 
 MANY = int(os.environ.get("CONDGEN_GENERATED", 0))
 laws = settings(max_examples=MANY or 60, derandomize=not MANY, database=None,
-                deadline=timedelta(seconds=10), print_blob=False,
+                deadline=None, print_blob=False,
                 suppress_health_check=list(HealthCheck))
 GIGABYTE = 2**30
+SECONDS = 10  # of the processor, so that other programs do not matter
 SIZE = 4
 
 
@@ -47,6 +48,7 @@ BEFORE = memory()
 
 def read(path: Path, *names: str, **options) -> data.Dataset | None:
     """The data set, held to its laws, or None if it is refused by name."""
+    begun = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,6 +61,7 @@ def read(path: Path, *names: str, **options) -> data.Dataset | None:
         return None
     finally:
         assert memory() - BEFORE < GIGABYTE
+        assert time.process_time() - begun < SECONDS
     n = len(d.images)
     assert d.images.shape in ((n, 1, SIZE, SIZE), (n, 3, SIZE, SIZE)) and n > 0
     assert sorted(torch.cat(list(d.splits.values())).tolist()) == list(range(n))
@@ -205,7 +208,7 @@ def scans(side: int, n: int) -> bytes:
 
 @laws
 @given(st.lists(image_files(), min_size=1, max_size=3))
-@example([strips(1_000_000)])
+@example([strips(3_000_000)])
 @example([scans(1000, 20_000)])
 def test_any_image_is_read_or_refused(files):
     with tempfile.TemporaryDirectory() as place:
