@@ -6,8 +6,8 @@
 __all__ = ['INTERRUPTED_EXIT_CODE', 'CLOSED_PIPE_EXIT_CODE', 'CommandError', 'app', 'data_app', 'SECONDS_PER_UNIT', 'Tier',
            'Seed', 'Temperature', 'Budget', 'FAILURE_WAIT_SECONDS', 'Commands', 'error_line', 'parse_duration',
            'parse_path', 'path_option', 'check_condition', 'parse_conditions', 'list_', 'exit_on_interrupt', 'train',
-           'find_run', 'resolve_temperature', 'load_model_with', 'sample', 'evaluate', 'reproduce', 'probe',
-           'benchmark', 'data_list', 'data_prepare', 'run', 'main']
+           'resolve_temperature', 'load_model_with', 'sample', 'evaluate', 'reproduce', 'probe', 'claims', 'benchmark',
+           'data_list', 'data_prepare', 'run', 'main']
 
 # %% ../nbs/reproduction/902_command_line.ipynb #e274d26a
 import io
@@ -205,25 +205,6 @@ def train(name: Annotated[str, typer.Argument(help="A recipe; see `condgen list`
     typer.echo(run)
 
 # %% ../nbs/reproduction/902_command_line.ipynb #b11fca41
-def find_run(source: str) -> Path:
-    """The run folder that a name or a path means.
-
-    Runs come before the models that ship with the package.
-    """
-    from condgen.conditions import accepted
-    from condgen.runs import pretrained_models
-
-    for folder in (Path(source), Path("runs") / source,
-                   pretrained_models().get(source, Path(source))):
-        if (folder / "card.json").is_file():
-            return folder
-    runs = [str(p.parent.relative_to("runs"))
-            for p in sorted(Path("runs").glob("**/card.json"))]
-    names = accepted(dict.fromkeys([*runs, *pretrained_models()]), source)
-    raise ValueError(f"no model {source!r}: no run folder, and none of that name in "
-                     f"runs/ or in the package; {names}")
-
-
 def resolve_temperature(model: Any, given: float | None) -> float:
     "The temperature that was asked for, or the default of the model's `sample`."
     from condgen.checks import check_temperature
@@ -234,7 +215,7 @@ def resolve_temperature(model: Any, given: float | None) -> float:
 
 def load_model_with(verb: str, source: str, device: Any) -> tuple[Any, Path]:
     "A model that has the verb, on the device, and its folder."
-    from condgen.runs import load
+    from condgen.runs import find_run, load
 
     folder = find_run(source)
     model = load(folder, device=device)
@@ -404,6 +385,16 @@ def probe(
     typer.echo(f"{name}: {f'moved at {len(found)} place(s)' if found else 'proved'}")
     if found:
         raise typer.Exit(1)
+
+# %% ../nbs/reproduction/902_command_line.ipynb #7e8081c0
+@app.command()
+def claims(names: Annotated[list[str] | None, typer.Argument(
+        help="Papers or claims, such as CAGlow or CAGLOW-33; all if not given.")] = None
+           ) -> None:
+    """What papers claim, and the verdicts that the stored rows give."""
+    from condgen.claims import claims_text
+
+    typer.echo(claims_text(*(names or ())))
 
 # %% ../nbs/reproduction/902_command_line.ipynb #943d4b55
 @app.command()

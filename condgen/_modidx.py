@@ -1927,6 +1927,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                               'condgen.runs.Run._repr_html_': ('library/runs.html#run._repr_html_', 'condgen/runs.py'),
                               'condgen.runs.Run.status': ('library/runs.html#run.status', 'condgen/runs.py'),
                               'condgen.runs.export_pretrained': ('library/runs.html#export_pretrained', 'condgen/runs.py'),
+                              'condgen.runs.find_run': ('library/runs.html#find_run', 'condgen/runs.py'),
                               'condgen.runs.load': ('library/runs.html#load', 'condgen/runs.py'),
                               'condgen.runs.load_state': ('library/runs.html#load_state', 'condgen/runs.py'),
                               'condgen.runs.load_tensors': ('library/runs.html#load_tensors', 'condgen/runs.py'),

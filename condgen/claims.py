@@ -267,10 +267,12 @@ def chosen_claims(*names: str) -> list[Claim]:
         ValueError: neither a paper nor a claim has that name.
     """
     claims = read_claims()
-    known = {c.paper for c in claims} | {c.id for c in claims}
+    papers = list(dict.fromkeys(c.paper for c in claims))
+    known = {*papers, *(c.id for c in claims)}
     for name in names:
         if name not in known:
-            raise ValueError(f"claims of {name!r}; {accepted(sorted(known), name)}")
+            choices = [*papers, f"an id such as {claims[0].id}"]
+            raise ValueError(f"claims of {name!r}; {accepted(choices, name)}")
     return [c for c in claims if not names or {c.paper, c.id} & {*names}]
 
 # %% ../nbs/reproduction/900_claims.ipynb #abe7a182

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -307,3 +308,10 @@ def test_evaluators_are_given_by_name_or_folder():
     assert found[0] == found[1] == found[2]
     with pytest.raises(FileNotFoundError, match="did you mean 'evaluator-digits'"):
         cg.evaluate(model, "evaluator-digit", data)
+
+
+def test_claims_are_found_by_paper_and_by_id(monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    assert called(["claims", "CAGLOW-11"], monkeypatch, capsys, root) == (0, "")
+    code, said = called(["claims", "caglo"], monkeypatch, capsys, root)
+    assert code == 2 and "did you mean 'CAGlow'" in said
