@@ -213,7 +213,7 @@ def test_samples_of_a_stopped_training_come_with_a_warning(whole, tmp_path):
     condgen(tmp_path, *TRAIN, "--budget", "0s")
     sample = ["sample", "run", "-n", "1", "-o", "a.png"]
     code, said = condgen(tmp_path, *sample)
-    assert (code == 0 and "condgen: run: not trained to its end: it stopped after 64 "
+    assert (code == 0 and "warning: run: not trained to its end: it stopped after 64 "
             "images in stage 'flow' (1 of 1); the same fit or train command" in said)
     assert condgen(tmp_path, *TRAIN)[0] == 0
     code, said = condgen(tmp_path, *sample)

@@ -43,12 +43,9 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-BEFORE = memory()
-
-
 def read(path: Path, *names: str, **options) -> data.Dataset | None:
     """The data set, held to its laws, or None if it is refused by name."""
-    begun = time.process_time()
+    begun, before = time.process_time(), memory()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,7 +57,7 @@ def read(path: Path, *names: str, **options) -> data.Dataset | None:
         assert len(said) < 2000, len(said)
         return None
     finally:
-        assert memory() - BEFORE < GIGABYTE
+        assert memory() - before < GIGABYTE
         assert time.process_time() - begun < SECONDS
     n = len(d.images)
     assert d.images.shape in ((n, 1, SIZE, SIZE), (n, 3, SIZE, SIZE)) and n > 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from condgen import runs, training
+from condgen import runs
 from condgen.conditions import Binary, Real, Schema
 from condgen.contracts import Batch, Model, Noise, Player, Stage, seed_of
 from condgen.files import DamagedFile, read_log, read_tensors, write_tensors
@@ -1074,7 +1074,7 @@ def threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: found[-1])
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(training, "MIN_ROUNDS_FOR_TRIAL", 1)
+    monkeypatch.setattr("condgen.threads.MIN_ROUNDS_FOR_TRIAL", 1)
     return found
 
 
@@ -1088,7 +1088,7 @@ def trial_of(monkeypatch, *chosen):
             step()
         return queue.pop(0)
 
-    monkeypatch.setattr(training, "fastest_threads", fastest)
+    monkeypatch.setattr("condgen.threads.fastest_threads", fastest)
 
 
 def test_measuring_threads_changes_no_bit(straight, ends, tmp_path, monkeypatch,
@@ -1143,7 +1143,7 @@ def test_threads_are_not_measured_without_need(tmp_path, monkeypatch, threads, c
     if case == "fixed":
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
     if case == "short":
-        monkeypatch.setattr(training, "MIN_ROUNDS_FOR_TRIAL", 7)
+        monkeypatch.setattr("condgen.threads.MIN_ROUNDS_FOR_TRIAL", 7)
     if case == "one":
         threads.append(1)
     fit(two(), Points(), tmp_path, budget=0, progress=False)
