@@ -27,7 +27,7 @@ def write(folder: Path, *entries: dict) -> Path:
     return path
 
 
-def test_every_claim_of_the_audit_is_in_the_ledger():
+def test_every_numbered_claim_is_in_the_ledger():
     numbers = {"CAGLOW": 43, "SLIDES": 41}
     wanted = [f"{paper}-{i:02d}" for paper, n in numbers.items()
               for i in range(1, n + 1)]
