@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditions import (Condition, Schema, accepted, check_positive_integer,
-                                check_temperature, python_numbers)
+from . import checks
+from .checks import (
+    accepted, check_generator, check_positive_integer, check_temperature,
+    python_numbers)
+from .conditions import Condition, Schema
 
 # %% ../nbs/library/802_contracts.ipynb #ce2c46bb
 def seed_of(*parts: object) -> int:
@@ -292,10 +295,15 @@ class Model(nn.Module):
 
     A model is in evaluation mode from its construction on: its verbs neither use nor
     change batch statistics. `fit` puts what it trains into training mode, and back.
+    `load_state_dict` takes condition rows of any number.
 
     Args:
         shape: `(channels, height, width)` of an image.
         conditions: what can be asked for.
+
+    Attributes:
+        fitted: how far `fit` trained it, `{"finished": bool, "images": int}`; empty: it
+            did not.
 
     Raises:
         ValueError: `shape` is not three integers of at least 1.
@@ -303,6 +311,7 @@ class Model(nn.Module):
 
     arguments: dict[str, Any]
     built = 0  # stages whose `build` has shaped this object
+    fitted: dict[str, Any] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -314,10 +323,38 @@ class Model(nn.Module):
         self.shape = tuple(shape) if isinstance(shape, Iterable) else ()
         self.conditions = Schema(conditions)
         if (len(self.shape) != 3
-                or not all(isinstance(k, int) and k >= 1 for k in self.shape)):
+                or not all(type(k) is int and k >= 1 for k in self.shape)):
             raise ValueError(f"shape {shape}; accepted: (channels, height, width)")
         self.register_buffer("rows", torch.zeros(0, self.conditions.supervised.width))
         self.register_buffer("row_counts", torch.zeros(0, dtype=torch.long))
+
+    @property
+    def summary(self) -> str:
+        """Class, shape of images, conditions, and number of parameters."""
+        facts = ("×".join(map(str, self.shape)),
+                 *(self.conditions.names or ["no conditions"]),
+                 f"{sum(p.numel() for p in self.parameters()):,} parameters")
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    @property
+    def fit_status(self) -> str:
+        """How far `fit` trained the model, in words."""
+        if not self.fitted:
+            return "not trained by fit"
+        words = "trained on" if self.fitted["finished"] else "stopped after"
+        return f"{words} {self.fitted['images']:,} images"
+
+    def __repr__(self) -> str:
+        return f"{self.summary[:-1]}, {self.fit_status})"
+
+    def _load_from_state_dict(self, tensors: dict[str, Any], prefix: str,
+                              *rest: Any) -> None:
+        given = [tensors.get(f"{prefix}{name}") for name in ("rows", "row_counts")]
+        if (all(isinstance(t, Tensor) for t in given)
+                and given[0].shape == (*given[1].shape[:1], self.rows.shape[1])):
+            self.rows, self.row_counts = (own.new_empty(t.shape) for own, t in zip(
+                (self.rows, self.row_counts), given))
+        super()._load_from_state_dict(tensors, prefix, *rest)
 
     @property
     def device(self) -> torch.device:
@@ -362,9 +399,7 @@ class Model(nn.Module):
                 an `n` or a generator that is none.
         """
         check_positive_integer(n, "n")
-        if not isinstance(generator, torch.Generator | None):
-            raise ValueError(f"generator={generator!r}; accepted: "
-                             "torch.Generator().manual_seed(3), or None")
+        check_generator(generator)
         self.conditions.check(values)
         c = self.draw_conditions(n, lambda _, k: torch.rand(n, k, generator=generator))
         for item, columns in self.conditions.columns(c):
@@ -407,19 +442,10 @@ class Model(nn.Module):
         """Return `x` on the model's device in its precision if the model accepts it.
 
         Raises:
-            ValueError: not a tensor `(n, *shape)` of finite floats in [0, 1].
+            ValueError: not a dense tensor `(n, *shape)`, n ≥ 1, of finite floats in
+                [0, 1].
         """
-        if (not isinstance(x, Tensor) or x.dim() != 4
-                or tuple(x.shape[1:]) != self.shape):
-            given = (f"of shape {tuple(x.shape)}" if isinstance(x, Tensor)
-                     else f"given as {type(x).__name__}")
-            raise ValueError(f"images {given}; accepted: "
-                             f"a tensor (n, {', '.join(map(str, self.shape))})")
-        if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):
-            values = (f"values from {x.min().item():g} to {x.max().item():g}"
-                      if x.numel() else "no values")
-            raise ValueError(f"images of type {x.dtype} with {values}; accepted: "
-                             "finite floats in [0, 1]")
+        checks.check_images(x, self.shape)
         return x.to(self.rows)
 
 # %% ../nbs/library/802_contracts.ipynb #b9890d86
@@ -449,10 +475,8 @@ class GeneratorModel(Model):
         Args:
             n: how many.
             temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows,
-                codes uniformly.
+            generator: of noise and conditions, on the CPU; None: the global one.
+            **conditions: values by name; omitted ones are drawn from training rows.
 
         Raises:
             ValueError: as `Model.draw_inputs`.

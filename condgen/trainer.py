@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_NONFINITE_STEPS', 'STATE_FIELDS', 'Data', 'ShuffledIndices', 'reseed', 'set_trainable', 'step_player',
-           'optimizer_tensors', 'load_optimizer_tensors', 'update_ema', 'swap_weights', 'set_train_modes',
-           'StageRunner', 'Trainer', 'enable_gradients', 'training_context']
+           'update_ema', 'swap_weights', 'set_train_modes', 'StageRunner', 'Trainer', 'enable_gradients',
+           'training_context']
 
 # %% ../nbs/library/818_trainer.ipynb #63425570
 import math
@@ -17,10 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .cards import build_stages
 from .contracts import Batch, Model, Noise, Player, Stage, seed_of
 from .distributed import (
     all_reduce_gradients, average_buffers, broadcast_model, broadcast_value)
-from .runs import build_stages, load_tensors
+from .files import DamagedFile
+from .runs import load_tensors
+from .states import (
+    load_optimizer_tensors, optimizer_misfits, optimizer_tensors)
 
 # %% ../nbs/library/818_trainer.ipynb #91104583
 class Data(Protocol):
@@ -119,43 +123,6 @@ def step_player(player: Player, batch: Batch, model: nn.Module, accelerator: Any
     if accelerator.num_processes > 1:
         average_buffers(model, batch.n / whole)
     return values
-
-# %% ../nbs/library/818_trainer.ipynb #e30f44b8
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """State of optimisers as flat tensors, `optimizer.<number>.<parameter>.<key>`."""
-    found = {}
-    for i, optimizer in enumerate(optimizers):
-        for j, p in enumerate(p for group in optimizer.param_groups
-                              for p in group["params"]):
-            for key, value in optimizer.state.get(p, {}).items():
-                found[f"optimizer.{i}.{j}.{key}"] = (value if isinstance(value, Tensor)
-                                                     else torch.tensor(value))
-    return found
-
-
-def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer],
-                           tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`.
-
-    Moments take the device and the memory layout of their parameter.
-    """
-    for i, optimizer in enumerate(optimizers):
-        places = [(group, p) for group in optimizer.param_groups
-                  for p in group["params"]]
-        for j, (group, p) in enumerate(places):
-            start = f"optimizer.{i}.{j}."
-            for name in [name for name in tensors if name.startswith(start)]:
-                key, value = name[len(start) :], tensors[name]
-                # on the CPU, unless the step itself runs on the device
-                if key == "step":
-                    on_device = group.get("fused") or group.get("capturable")
-                    value = value.to(p.device if on_device else "cpu").clone()
-                elif value.shape == p.shape:
-                    value = torch.empty_like(p, dtype=value.dtype,
-                                             requires_grad=False).copy_(value)
-                else:
-                    value = value.to(p.device).clone()
-                optimizer.state[p][key] = value
 
 # %% ../nbs/library/818_trainer.ipynb #e5e6b6d2
 def update_ema(means: dict[str, Tensor], params: dict[str, nn.Parameter], decay: float,
@@ -293,9 +260,9 @@ class Trainer(StageRunner):
         with torch.no_grad():
             return self.stage.data(table) if self.stage.data else table
 
-    def enter(self, stage: Stage, index: int,
-              tensors: dict[str, Tensor] | None = None) -> None:
-        """Begin a stage, or resume it from the `tensors` of a saved state."""
+    def enter(self, stage: Stage, index: int, tensors: dict[str, Tensor] | None = None,
+              source: object = "the state") -> None:
+        """Begin a stage, or resume it from the `tensors` of a saved state, `source`."""
         self.stage, self.stage_index, self.stage_over = stage, index, False
         key, new = (self.seed, stage.name), tensors is None
         reseed(self.accelerator.device, *key, "build")
@@ -327,6 +294,9 @@ class Trainer(StageRunner):
         if new and stage.ema:
             self.average = {name: p.detach().clone() for name, p in self.moving.items()}
         if not new:
+            for found in self.tensor_misfits(tensors):
+                raise DamagedFile(f"{source} does not fit stage {stage.name!r}: "
+                                  f"{found}")
             load_optimizer_tensors(self.optimizers, tensors)
             self.average, self.best = (
                 {n.removeprefix(kind): t.to(self.accelerator.device)
@@ -431,9 +401,27 @@ class Trainer(StageRunner):
         return (tensors, {"built": self.model.built}
                     | {name: getattr(self, name) for name in STATE_FIELDS})
 
+    def tensor_misfits(self, tensors: dict[str, Tensor]) -> Iterator[str]:
+        """Places where saved tensors do not fit the stage, in words."""
+        yield from optimizer_misfits(self.optimizers, tensors)
+        for kind, needed in (("average", bool(self.stage.ema)),
+                             ("best", any(n.startswith("best.") for n in tensors))):
+            names = {f"{kind}.{n}": p for n, p in self.moving.items()} if needed else {}
+            given = {n: t for n, t in tensors.items() if n.startswith(f"{kind}.")}
+            for name in sorted(names.keys() ^ given.keys()):
+                yield f"{name!r} is {'missing' if name in names else 'not part of it'}"
+            for name in names.keys() & given.keys():
+                p, t = names[name], given[name]
+                if (p.shape, p.dtype) != (t.shape, t.dtype):
+                    yield (f"{name!r} is {tuple(t.shape)} of {t.dtype}, needed "
+                           f"{tuple(p.shape)} of {p.dtype}")
+        kinds = ("model", "optimizer", "average", "best")
+        yield from (f"{name!r} is not part of it" for name in tensors
+                    if name.split(".")[0] not in kinds)
+
     def restore(self, stages: list[Stage], tensors: dict[str, Tensor],
-                info: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+                info: dict[str, Any], source: object = "the state") -> None:
+        """Go on from `state()`, which `source` holds."""
         if (self.model.built > info["built"]
                 and any(s.build for s in stages[info["built"] : self.model.built])):
             raise ValueError("the model in memory has grown further than the saved "
@@ -444,9 +432,9 @@ class Trainer(StageRunner):
         self.model.to(self.accelerator.device)
         load_tensors(self.model,
                      {n[6:]: t for n, t in tensors.items() if n.startswith("model.")},
-                     "the state")
+                     source)
         if not self.stage_over:
-            self.enter(stages[self.stage_index], self.stage_index, tensors)
+            self.enter(stages[self.stage_index], self.stage_index, tensors, source)
 
 
 STATE_FIELDS = ("stage_index", "stage_over", "seen", "draws", "total", "bad", "history")

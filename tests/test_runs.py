@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from condgen import runs
+from condgen.cards import build_stages, model_config, model_from_card
 from condgen.conditions import Binary, Classes, Code
 from condgen.contracts import Model, Stage
 from condgen.files import (
     DamagedFile, digest, folder_lock, read_json, read_log, read_tensors,
     write_atomically, write_json, write_tensors)
-from condgen.runs import (Run, build_stages, model_config, saved_states, load,
-                          load_state, model_from_card, save, save_state)
+from condgen.models.glow import Glow
+from condgen.runs import Run, load, load_state, save, save_state, saved_states
 
 TOY = """
 import torch
@@ -119,9 +120,7 @@ def test_only_model_classes_of_the_library_are_found_by_name(tmp_path):
 
 
 def test_a_library_class_is_found_by_name(tmp_path):
-    from condgen.models.glow import Glow
-
-    model = Glow((1, 4, 4), levels=1, depth=1, width=4)
+    model = Glow((1, 4, 4), **GLOW)
     save(model, tmp_path)
     assert same(load(tmp_path).state_dict(), model.state_dict())
 
@@ -156,6 +155,101 @@ def test_rebuild_restores_structure_added_in_training(tmp_path, count):
     assert same(model.state_dict(), again.state_dict()) and again.built == count
 
 
+GLOW = {"levels": 1, "depth": 1, "width": 4}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"bf16": "x"}, "'arguments.bf16' is \"x\"; accepted: true or false or null"),
+    ({"reversible": 2}, "'arguments.reversible' is 2; accepted: true or false or null"),
+    ({"shape": [True, 4, 4]}, "'arguments.shape[0]' is true; accepted: an integer"),
+    ({"shape": [1, 4]}, "'arguments.shape' is [1, 4]; accepted: a list of 3"),
+    ({"shape": "144"}, "'arguments.shape' is \"144\"; accepted: a list of 3"),
+    ({"width": 4.0}, "'arguments.width' is 4.0; accepted: an integer, 0 or more"),
+    ({"depth": -5}, "'arguments.depth' is -5; accepted: an integer, 0 or more"),
+    ({"coupling": None}, "'arguments.coupling' is null; accepted: text"),
+    ({"lr": "fast"}, "'arguments.lr' is \"fast\"; accepted: a finite number"),
+    ({"lr": float("nan")}, "'arguments.lr' is NaN; accepted: a finite number"),
+    ({"lr": 10**400}, "'arguments.lr' is 1000"),
+    ({"wdth": 4}, "unexpected keyword argument 'wdth'")])
+def test_arguments_of_other_types_are_refused_by_name(tmp_path, change, message):
+    """On a card, and when a card is to be written."""
+    model = Glow((1, 4, 4), **GLOW)
+    save(model, tmp_path)
+    card = read_json(tmp_path / "card.json")
+    write_json(tmp_path / "card.json", card | {"arguments": card["arguments"] | change})
+    with pytest.raises(ValueError) as found:
+        load(tmp_path)
+    assert f"{tmp_path}/card.json: " in str(found.value) and message in str(found.value)
+    if "wdth" not in change:
+        model.arguments |= change
+        with pytest.raises(ValueError, match="Glow cannot be written to a card: ") as found:
+            save(model, tmp_path / "new")
+        assert message in str(found.value) and not (tmp_path / "new").exists()
+
+
+def test_arguments_of_own_classes_may_be_of_any_type(tmp_path):
+    """Their annotations promise nothing."""
+    class Free(Model):
+        def __init__(self, width: str = 3, rate: float = None, low: int = -2):
+            super().__init__((1, 1, 1))
+
+    save(Free(), tmp_path)
+    assert load(tmp_path, cls=Free).arguments == {"width": 3, "rate": None, "low": -2}
+
+
+def test_what_a_constructor_replaces_may_be_larger_than_the_file(tmp_path):
+    """A guide classifier first builds the trunk of the class that it extends."""
+    from condgen.models.classifier import GuideClassifier
+
+    model = GuideClassifier((1, 32, 32), [Classes("k", 3)])
+    save(model, tmp_path)
+    assert same(load(tmp_path).state_dict(), model.state_dict())
+
+
+class Pair(Model):
+    """Holds another model with condition rows of its own."""
+
+    def __init__(self):
+        super().__init__((1, 2, 2), [Binary("b")])
+        self.part = Toy([Classes("k", 3)])  # noqa: F821
+
+
+def test_state_of_a_trained_model_fits_a_fresh_one(tmp_path):
+    trained, fresh = Pair(), Pair()
+    trained.store_condition_rows(torch.tensor([[0.0], [1.0], [1.0]]))
+    trained.part.store_condition_rows(torch.eye(3))
+    fresh.load_state_dict(trained.state_dict())
+    assert same(fresh.state_dict(), trained.state_dict()) and len(fresh.part.rows) == 3
+    trained.load_state_dict(Pair().state_dict())
+    assert len(trained.rows) == len(trained.part.rows) == 0
+    save(fresh, tmp_path)
+    assert same(load(tmp_path, cls=Pair).state_dict(), fresh.state_dict())
+    for wrong in ({"rows": torch.zeros(3, 2)}, {"row_counts": torch.ones(5).long()}):
+        with pytest.raises(RuntimeError, match="size mismatch for row"):
+            fresh.load_state_dict(trained.state_dict() | wrong)
+
+
+def test_repr_is_one_line():
+    model = toy()
+    assert repr(model) == "Toy(1×2×2, k, u, 60 parameters, not trained by fit)"
+    model.fitted = {"finished": False, "images": 1200}
+    assert repr(model).endswith("60 parameters, stopped after 1,200 images)")
+    assert "no conditions, 2 parameters" in repr(Growing())
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_how_far_a_model_was_trained_is_kept(tmp_path, finished):
+    model = toy()
+    model.fitted = {"finished": finished, "images": 64}
+    save(model, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = load(tmp_path, cls=type(model))
+    assert again.fitted == model.fitted and len(caught) == 1 - finished
+    if caught:
+        assert "it stopped after 64 images; the same fit" in str(caught[0].message)
+
+
 def test_missing_and_foreign_names_are_refused(tmp_path):
     model = toy()
     save(model, tmp_path)
@@ -182,8 +276,14 @@ ROWS = {"rows": torch.eye(3).flip(0), "row_counts": torch.tensor([1, 2, 1])}
     {"row_counts": torch.ones(3)},
     {"rows": torch.ones(3)}, {"rows": torch.ones(3, 2)},
     {"rows": torch.full((3, 3), float("nan"))},
+    {"row_counts": torch.tensor([1, 2, 2**62])}, {"row_counts": torch.ones(3).int()},
     {"rows": torch.eye(3).long()}, {"net.0.bias": torch.arange(4)},
-    {"net.0.bias": torch.ones(4).cfloat()}])
+    {"net.0.bias": torch.ones(4).cfloat()}, {"net.0.bias": torch.ones(4).double()},
+    {"net.0.bias": torch.ones(4).bfloat16()}, {"rows": torch.eye(3).half()},
+    {"net.1.num_batches_tracked": torch.tensor(1.0)},
+    *({name: t.to(kind) for name, t in toy().state_dict().items()
+       if t.is_floating_point()}
+      for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.cfloat, torch.int64))])
 def test_invalid_weights_with_valid_checksum_are_refused(tmp_path, wrong):
     model, path = toy(), tmp_path / "model.safetensors"
     save(model, tmp_path)
@@ -460,6 +560,9 @@ def test_truncated_log_is_read_to_its_last_complete_row(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2.5}\n{"a": "\xc3')
     assert read_log(path) == [{"a": 1}, {"a": 2.5}]
+    for end in ("", "[1]", "3", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{}x"):
+        path.write_text('{"a": 1}\n' + end + '\n{"a": 2}' * bool(end))
+        assert read_log(path) == [{"a": 1}]
     path.write_text("")
     assert read_log(path) == []
 
@@ -468,7 +571,8 @@ def test_run_repr_shows_its_status(tmp_path):
     log = [{"stage": "s", "images": 8, "seconds": 1.0, "a.loss": 0.5, "a.norm": 2.0}]
     run = Run(toy(), tmp_path, log, False, 1234, 5.4)
     assert repr(run).startswith(
-        "Run(Toy, 1,234 images in 5 s, stopped, can be resumed, folder=")
+        "Run(Toy(1×2×2, k, u, 60 parameters), 1,234 images in 5 s, stopped in stage "
+        "'s', can be resumed, folder=")
     assert "a.loss" in run._repr_html_() and "a.norm" not in run._repr_html_()
     assert (Run(toy(), None, []).status == "finished"
             and "folder=None" in repr(Run(toy(), None)))
