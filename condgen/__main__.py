@@ -308,7 +308,8 @@ def reproduce(
             "--results", help="Result file; data/results/NAME.TIER.json if not given."
         )] = None,
         jobs: Annotated[int, typer.Option(
-            help="How many trainings side by side, one thread each.")] = 1) -> None:
+            help="How many trainings side by side, one thread each.",
+            min=1, max=1000)] = 1) -> None:
     """Run an experiment of the book and store its numbers.
 
     The same command goes on where it was interrupted.
