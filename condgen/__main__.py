@@ -309,7 +309,7 @@ def reproduce(
         )] = None,
         jobs: Annotated[int, typer.Option(
             help="How many trainings side by side, one thread each.",
-            min=1)] = 1) -> None:
+            min=1, max=1000)] = 1) -> None:
     """Run an experiment of the book and store its numbers.
 
     The same command goes on where it was interrupted.

@@ -27,7 +27,7 @@ from .results import (row_label, merge_rows, read_results, result_path,
 from .files import (
     folder_lock, make_folder, read_json, write_atomically, write_json)
 from .runs import export_pretrained
-from .threads import threads_are_fixed, use_threads
+from .threads import fixed_threads, use_threads
 
 # %% ../nbs/library/821_reproduction.ipynb #fd808d15
 PROBE_ROUNDS = 3  # of each stage in a probe
@@ -181,7 +181,7 @@ def reproduce(name: str, tier: str = "cpu", seeds: int = 1, first_seed: int = 0,
     missing = [s for s in range(first_seed, first_seed + seeds) if s not in done]
     labs = [Lab(experiment, tier, seed, folder, deadline, progress,
                 first=not done and seed == first_seed) for seed in missing]
-    with use_threads(torch.get_num_threads() if threads_are_fixed() else 1):
+    with use_threads(fixed_threads() or 1):
         if missing:
             result = add_seeds(labs, result, path, jobs)
         if experiment.figures:
@@ -298,7 +298,6 @@ def join_seed(lab: Lab, found: Mapping[str, Any], proof: Mapping[str, Any], path
         {**experiment.config(lab.tier), "seeds": done},
         {"name": data.name, "sha256": data.sha256}, proof,
         {**evaluators, **found["evaluators"]}, old.get("hours", 0.0) + found["hours"])
-
 
 # %% ../nbs/library/821_reproduction.ipynb #bf0156a7
 LabFacts = tuple[str, str, int, str, bool, bool]

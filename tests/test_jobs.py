@@ -19,7 +19,7 @@ from condgen import lab as lab_module
 from condgen import recipes, reproduction
 from condgen.files import FolderInUse, read_log, read_tensors
 from condgen.jobs import Task, candidates, run_tasks
-from condgen.lab import Experiment, OutOfTime
+from condgen.lab import Experiment, Lab, OutOfTime
 from condgen.recipes import find
 from condgen.reproduction import reproduce
 from condgen.results import read_results, result_path, row
@@ -164,6 +164,23 @@ def test_rows_do_not_depend_on_jobs_nor_interruptions(here, declares, tmp_path):
         assert jobs[part] == alone[part]
     assert [len(r["values"]) for r in jobs["rows"]] == [1, 2, 2]
     assert not [*(tmp_path / "jobs").glob(".jobs-*")]
+
+
+def test_the_plan_has_parents_first_and_seeds_in_order(declares, tmp_path):
+    labs = [Lab(lab_module.find_experiment("test/family"), "tiny", seed, tmp_path)
+            for seed in (3, 5)]
+    plan = reproduction.plan_of(labs, reproduction.probe(None), tmp_path / "r.json",
+                                tmp_path)
+    after = {task.name: task.after for task in plan}
+    assert after["caglow-digits, seed 5"] == ("glow-digits, seed 5",)
+    assert "evaluator-digits, seed 0" in after["measuring seed 5"]
+    assert "evaluator-digits, seed 5" not in after
+    assert after["joining seed 5"] == ("measuring seed 5", "joining seed 3")
+    names = [*after]
+    assert all(names.index(name) > names.index(before)
+               for name, others in after.items() for before in others)
+    assert [task.name for task in plan if task.turns] == [
+        name for name in names if name.startswith(("evaluator", "glow"))]
 
 
 def test_the_number_of_jobs_is_checked(tmp_path):

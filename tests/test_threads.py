@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from condgen import threads
-from condgen.threads import fastest_threads, median_seconds, use_threads
+from condgen.threads import (
+    fastest_threads, fixed_threads, median_seconds, use_threads)
 
 
 @pytest.fixture
@@ -48,6 +49,15 @@ def test_the_number_of_threads_is_restored(number):
     assert number[-1] == 8
     with use_threads(None):
         assert number[-1] == 8
+
+
+@pytest.mark.parametrize(("value", "number"), [
+    ("1", 1), (" 4,2", 4), ("0", None), ("", None), ("x", None), (None, None)])
+def test_the_number_fixed_by_the_user_is_read(monkeypatch, value, number):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert fixed_threads() == number
 
 
 @pytest.mark.parametrize(("first", "variables", "expected"), [
