@@ -1731,6 +1731,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                            'condgen/states.py'),
                                 'condgen.states.optimizer_misfits': ('library/states.html#optimizer_misfits', 'condgen/states.py'),
                                 'condgen.states.optimizer_tensors': ('library/states.html#optimizer_tensors', 'condgen/states.py'),
+                                'condgen.states.played_images': ('library/states.html#played_images', 'condgen/states.py'),
                                 'condgen.states.state_misfits': ('library/states.html#state_misfits', 'condgen/states.py')},
             'condgen.trainer': { 'condgen.trainer.Data': ('library/trainer.html#data', 'condgen/trainer.py'),
                                  'condgen.trainer.Data.table': ('library/trainer.html#data.table', 'condgen/trainer.py'),
