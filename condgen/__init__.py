@@ -8,8 +8,10 @@ __all__ = ['VERBS', 'model_modules', 'public_names', 'modules']
 
 # %% ../nbs/index.ipynb #18a12e54
 import importlib
+import os
 import pkgutil
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *public_names(), *modules()])
+
+# %% ../nbs/index.ipynb #95aada9e
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditions import (Condition, Schema, accepted, check_positive_integer,
-                                check_temperature, python_numbers)
+from . import checks
+from .checks import (
+    accepted, check_generator, check_positive_integer, check_temperature,
+    python_numbers)
+from .conditions import Condition, Schema
 
 # %% ../nbs/library/802_contracts.ipynb #ce2c46bb
 def seed_of(*parts: object) -> int:
@@ -396,9 +399,7 @@ class Model(nn.Module):
                 an `n` or a generator that is none.
         """
         check_positive_integer(n, "n")
-        if not isinstance(generator, torch.Generator | None):
-            raise ValueError(f"generator={generator!r}; accepted: "
-                             "torch.Generator().manual_seed(3), or None")
+        check_generator(generator)
         self.conditions.check(values)
         c = self.draw_conditions(n, lambda _, k: torch.rand(n, k, generator=generator))
         for item, columns in self.conditions.columns(c):
@@ -441,19 +442,10 @@ class Model(nn.Module):
         """Return `x` on the model's device in its precision if the model accepts it.
 
         Raises:
-            ValueError: not a tensor `(n, *shape)` of finite floats in [0, 1].
+            ValueError: not a dense tensor `(n, *shape)`, n ≥ 1, of finite floats in
+                [0, 1].
         """
-        if (not isinstance(x, Tensor) or x.dim() != 4
-                or tuple(x.shape[1:]) != self.shape):
-            given = (f"of shape {tuple(x.shape)}" if isinstance(x, Tensor)
-                     else f"given as {type(x).__name__}")
-            raise ValueError(f"images {given}; accepted: "
-                             f"a tensor (n, {', '.join(map(str, self.shape))})")
-        if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):
-            values = (f"values from {x.min().item():g} to {x.max().item():g}"
-                      if x.numel() else "no values")
-            raise ValueError(f"images of type {x.dtype} with {values}; accepted: "
-                             "finite floats in [0, 1]")
+        checks.check_images(x, self.shape)
         return x.to(self.rows)
 
 # %% ../nbs/library/802_contracts.ipynb #b9890d86
@@ -483,10 +475,8 @@ class GeneratorModel(Model):
         Args:
             n: how many.
             temperature: factor on the noise; 0 gives one image for each condition.
-            generator: of the noise and of what is drawn, on the CPU; None: the global
-                one.
-            **conditions: values by name; omitted ones are drawn from training rows,
-                codes uniformly.
+            generator: of noise and conditions, on the CPU; None: the global one.
+            **conditions: values by name; omitted ones are drawn from training rows.
 
         Raises:
             ValueError: as `Model.draw_inputs`.

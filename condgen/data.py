@@ -29,8 +29,9 @@ from .drawing import FaceCanvas
 from .faces import (
     ATTRIBUTES, DRAWING, FACTORS, IDENTITIES, edit_factors, labels_from_factors, render,
     render_bytes, sample_factors)
-from .folders import (
-    SPLITS, cache_folder, data_folder, prepared_names, read_folder, read_prepared)
+from condgen.folders import (
+    NO_FOLDER, SPLITS, cache_folder, data_folder, prepared_names, read_folder,
+    read_prepared)
 
 # %% ../nbs/library/804_data.ipynb #4a758497
 @dataclass(eq=False, repr=False)
@@ -222,7 +223,8 @@ def mnist(size: int = 32, root: str | Path | None = None) -> Dataset:
     """
     if size not in (28, 32):
         raise ValueError(f"size={size}; {accepted([28, 32])}")
-    folders = [Path(root)] if root else [data_folder(), cache_folder()]
+    folders = [f for f in ([Path(root)] if root else [data_folder(), cache_folder()])
+               if f]
     found = [f for f in folders
              if (f / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").exists()]
     if not found:
@@ -246,10 +248,13 @@ def download_mnist(looked: list[Path]) -> None:
     try:
         from torchvision.datasets import MNIST
 
+        if not cache_folder():
+            raise FileNotFoundError("there is no folder to keep it in")
         MNIST(cache_folder(), download=True)
     except Exception as error:
         # no network, or no working torchvision: the advice is the same
-        places = " and ".join(str(f / "MNIST" / "raw") for f in looked)
+        places = (" and ".join(str(f / "MNIST" / "raw") for f in looked)
+                  or NO_FOLDER)
         raise FileNotFoundError(f"no MNIST in {places}, and it cannot be downloaded "
                                 f"({type(error).__name__}). Put its four files "
                                 "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz "
@@ -318,7 +323,8 @@ def render_cached(factors: Tensor, size: int) -> Tensor:
     sources = [Path(inspect.getsourcefile(part)).read_bytes()
                for part in (render, FaceCanvas)]
     code = b"".join(sources) + factors.numpy().tobytes()
-    path = (cache_folder() / "faces"
+    # under the null device there is no file, and none can be made
+    path = ((cache_folder() or Path(os.devnull)) / "faces"
             / f"{len(factors)}-{size}-{hashlib.sha256(code).hexdigest()[:12]}.npz")
     try:
         with np.load(path, allow_pickle=False) as found:
@@ -420,10 +426,12 @@ def load(name: str, size: int | None = None) -> Dataset:
         return DATASETS[name](**more)
     if name in prepared_names():
         return prepared(name, **more)
-    if Path(name).exists():
-        return folder(name, **more)
+    path = Path(name)
+    if name.strip() and (path.is_dir() or path.is_file()):
+        return folder(path, **more)
     choice = accepted([*DATASETS, *prepared_names()], name)
-    place = (f"prepared sets in {data_folder()}" if data_folder().is_dir()
+    place = (f"prepared sets in {data_folder() or NO_FOLDER}"
+             if not data_folder() or data_folder().is_dir()
              else f"no prepared sets, for there is no folder {data_folder()}")
     raise ValueError(f"no data set {name!r}; {choice}; or the path of a folder or zip "
                      f"of images ({place}; $CONDGEN_DATA names another folder)")

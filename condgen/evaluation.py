@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .contracts import Model, evaluation_mode, seed_of
 from .distributed import distributed_map
 from .metrics import (accuracy, centroid_distance, diversity, frechet,
                              frechet_distance, knn_two_sample, map_batches, silhouette)
+from .runs import load
 
 # %% ../nbs/library/811_evaluation.ipynb #993eaf37
 CHUNK_SIZE = 200
@@ -180,6 +182,7 @@ def evaluate(
         model: has `sample`; with `log_prob` it gets `bpd`.
         evaluator: `features(x) -> (n, f)`, `logits(x) -> (n, k)` in the columns of
             `conditions` if it has such, perhaps `digest`; took no part in training.
+            Or what `condgen.load` takes: a run folder, or the name of one that ships.
         data: a `Dataset`.
         condition: the classes that are asked for in equal numbers; None: the model's
             first Classes or Binary. A model without it gets `frechet` and `bpd` only.
@@ -198,6 +201,8 @@ def evaluate(
     """
     if condition is not None:
         data.conditions.check([condition])
+    if isinstance(evaluator, str | Path):
+        evaluator = load(evaluator, device=device_of(model))
     real, c, train = (data.split_images(split), data.labels[data.indices(split)],
                       data.split_images("train"))
     n = (len(real) * math.ceil(2000 / len(real)) if n is None
@@ -283,6 +288,8 @@ def choose_temperature(
     """
     if not len(temperatures):
         raise ValueError("no temperatures; accepted: one or more")
+    if isinstance(evaluator, str | Path):
+        evaluator = load(evaluator, device=device_of(model))
     results = {t: evaluate(model, evaluator, data, condition, n, t, seed, "val")
                for t in temperatures}
     if (condition or balanced_condition(model, data)) not in model.conditions.names:

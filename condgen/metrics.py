@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'HIGHER_IS_BETTER', 'NO_BETTER_DIRECTION', 'COUNT_METRICS', 'HARDWARE_METRICS', 'METRICS',
            'MetricInfo', 'tolerance_of', 'metric_info', 'differs', 'check_point_sets', 'frechet_distance',
-           'map_batches', 'frechet', 'accuracy', 'diversity', 'nearest_neighbours', 'same_set_shares', 'check_labels',
-           'group_by_class', 'knn_two_sample', 'centroid_distance', 'silhouette', 'fisher_directions']
+           'map_batches', 'frechet', 'accuracy', 'diversity', 'point_distances', 'nearest_neighbours',
+           'neighbour_shares', 'same_set_shares', 'check_labels', 'group_by_class', 'knn_two_sample',
+           'centroid_distance', 'silhouette', 'scatter_ratio', 'fisher_directions']
 
 # %% ../nbs/library/809_metrics.ipynb #cce61569
 import math
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conditions import accepted
+from .checks import accepted
 from .distributed import distributed_map
 
 # %% ../nbs/library/809_metrics.ipynb #728bb38c
@@ -54,7 +55,7 @@ HIGHER_IS_BETTER = (
 )
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
-    "residual_energy estimated_age:years"
+    "residual_energy estimated_age:years scatter_ratio step_ratio"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
@@ -234,21 +235,46 @@ def diversity(
     return statistics.fmean(classes), classes
 
 # %% ../nbs/library/809_metrics.ipynb #22edd4da
+def point_distances(x: Tensor, k: int) -> Tensor:
+    """Euclidean distances of points `(N, f)`, `(N, N)`; to itself a point has none, ∞.
+
+    Raises:
+        ValueError: a point has not k others.
+    """
+    if not 1 <= k < len(x):
+        raise ValueError(f"{k} neighbours of {len(x)} points; accepted: "
+                         f"1 … {len(x) - 1}")
+    return torch.cdist(
+        x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+
+
 def nearest_neighbours(x: Tensor, k: int) -> Tensor:
     """The k nearest other points of each of the points `x (N, f)`, as indices `(N, k)`.
 
     Euclidean, all pairs.
     """
-    if not 1 <= k < len(x):
-        raise ValueError(f"{k} neighbours of {len(x)} points; accepted: "
-                         f"1 … {len(x) - 1}")
-    distance = torch.cdist(
-        x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
-    return distance.topk(k, largest=False).indices
+    return point_distances(x, k).topk(k, largest=False).indices
+
+
+def neighbour_shares(distance: Tensor, k: int) -> Tensor:
+    """How much each point counts among the k nearest of each, `(N, N)`.
+
+    The rows sum to k, or to the number of points at a finite distance. Points at the
+    distance of the last neighbour count equal parts of what is left.
+    """
+    reach = distance.topk(k, largest=False).values[:, -1:]
+    nearer = (distance < reach).double()
+    last = ((distance == reach) & (distance < math.inf)).double()
+    left = k - nearer.sum(1, keepdim=True)
+    return nearer + last * left / last.sum(1, keepdim=True).clamp(min=1)
 
 
 def same_set_shares(a: Tensor, b: Tensor, k: int = 5) -> tuple[float, float]:
     """Share of the k nearest neighbours from a point's own set, for both sets.
+
+    Points at equal distances count in equal parts. As a point is no neighbour of
+    itself, neither is a copy of it in the other set. Samples of a distribution on few
+    points, which share values by chance, have shares that are a little too large.
 
     Args:
         a: `(n, f)`.
@@ -266,9 +292,14 @@ def same_set_shares(a: Tensor, b: Tensor, k: int = 5) -> tuple[float, float]:
         Schilling 1986, whose statistic is the mean over all points.
     """
     a, b = check_point_sets(a, b)
-    first = torch.arange(len(a) + len(b)) < len(a)
-    own = (first[nearest_neighbours(torch.cat([a, b]), k)]
-           == first[:, None]).double().mean(1)
+    distance = point_distances(torch.cat([a, b]), k)
+    first = torch.arange(len(distance)) < len(a)
+    same = first == first[:, None]
+    copies = (distance == 0) & ~same
+    found = copies.any(1).nonzero()[:, 0]
+    distance[found, copies[found].double().argmax(1)] = math.inf
+    shares = neighbour_shares(distance, k)
+    own = (shares * same).sum(1) / shares.sum(1)
     return own[first].mean().item(), own[~first].mean().item()
 
 # %% ../nbs/library/809_metrics.ipynb #96eba7ad
@@ -317,12 +348,12 @@ def knn_two_sample(a: Tensor, b: Tensor, k: int = 5, a_labels: Tensor | None = N
     if not labelled and a_labels is not b_labels:
         raise ValueError("labels of one set only; accepted: of both, or of none")
     groups = group_by_class(a, a_labels, b, b_labels) if labelled else [(a, b)]
-    excess = []
+    excess: tuple[list[float], list[float]] = [], []
     for x, y in groups:
-        expected = [(len(z) - 1) / (len(x) + len(y) - 1) for z in (x, y)]
-        excess.append([(s - e) / (1 - e) for s, e in zip(same_set_shares(x, y, k),
-                                                         expected, strict=True)])
-    return 0.5 + torch.tensor(excess).mean(0).abs().sum().item() / 4
+        for side, z, share in zip(excess, (x, y), same_set_shares(x, y, k)):
+            expected = (len(z) - 1) / (len(x) + len(y) - 1)
+            side.append((share - expected) / (1 - expected))
+    return 0.5 + sum(abs(statistics.fmean(side)) for side in excess) / 4
 
 # %% ../nbs/library/809_metrics.ipynb #96133814
 def centroid_distance(a: Tensor, a_labels: Tensor, b: Tensor,
@@ -376,6 +407,33 @@ def silhouette(x: Tensor, labels: Tensor) -> float:
 
     return float(silhouette_score(x.detach().double().cpu().numpy(),
                                   labels.cpu().numpy()))
+
+# %% ../nbs/library/809_metrics.ipynb #d41f07ab
+def scatter_ratio(x: Tensor, labels: Tensor) -> float:
+    """Variance of class means over variance within classes, traces of both.
+
+    Both are the unbiased estimates of a one-way analysis of variance, so that the ratio
+    may be slightly negative where classes do not differ.
+
+    Args:
+        x: `(n, f)`.
+        labels: `(n,)`, two classes or more, and more points than classes.
+
+    Raises:
+        ValueError: other labels.
+    """
+    check_labels(labels, x)
+    _, index, sizes = labels.unique(return_inverse=True, return_counts=True)
+    n, k = len(x), len(sizes)
+    if k < 2 or n <= k:
+        raise ValueError(f"{n} points of {k} classes; accepted: two classes or more, "
+                         "and more points than classes")
+    x = x.detach().double() - x.double().mean(0)
+    means = x.new_zeros(k, x.shape[1]).index_add(0, index, x) / sizes[:, None]
+    within = (x - means[index]).square().sum() / (n - k)
+    between = (means.square().sum(1) * sizes).sum() / (k - 1)
+    each = (n - sizes.double().square().sum() / n) / (k - 1)
+    return float((between - within) / (each * within))
 
 # %% ../nbs/library/809_metrics.ipynb #6852eef5
 def fisher_directions(x: Tensor, labels: Tensor) -> Tensor:

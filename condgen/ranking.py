@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import downsampling_network
-from .conditions import check_positive_integer
+from .checks import check_positive_integer
 from .divergences import check_probs
 from .games import minimax_discriminator, optimal_logit
 from .metrics import map_batches

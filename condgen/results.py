@@ -294,12 +294,16 @@ def read_results(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.name}: not run yet")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError(f"it holds {type(result).__name__}")
         missing = [f for f in RESULT_FIELDS if f not in result]
-        merge_rows(result["rows"])
+        if not missing:
+            merge_rows(result["rows"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a result: {error}") from error
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is not a result: it lacks {', '.join(missing)}; "
+                         "accepted: a file that condgen reproduce wrote, or a new name")
     config, data, proof = result["config"], result["data"], result["probe"]
     sound = (isinstance(config, dict) and isinstance(config.get("seeds", []), list)
              and isinstance(data, dict) and isinstance(data.get("sha256"), str)

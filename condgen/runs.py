@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'MAX_CONDITION_ROWS', 'row_misfits', 'tensor_misfits', 'load_tensors', 'versions', 'save',
-           'pretrained_models', 'read_weights', 'warn_unfinished', 'load', 'export_pretrained', 'saved_states',
-           'state_file', 'save_state', 'load_state', 'Run']
+           'pretrained_models', 'read_weights', 'warn_unfinished', 'load', 'find_run', 'export_pretrained',
+           'saved_states', 'state_file', 'save_state', 'load_state', 'Run']
 
 # %% ../nbs/library/806_runs.ipynb #2da98d8a
 import os
@@ -208,6 +208,25 @@ def load(source: str | Path, cls: type[Model] | None = None,
         model.fitted = {name: card[name] for name in ("finished", "images")}
     warn_unfinished(folder, card)
     return model.to(device).eval()
+
+# %% ../nbs/library/806_runs.ipynb #9017968b
+def find_run(source: str) -> Path:
+    """The run folder that a name or a path means.
+
+    Runs come before the models that ship with the package.
+
+    Raises:
+        ValueError: neither has that name; the message has the nearest.
+    """
+    for folder in (Path(source), Path("runs") / source,
+                   pretrained_models().get(source, Path(source))):
+        if (folder / "card.json").is_file():
+            return folder
+    runs = [str(p.parent.relative_to("runs"))
+            for p in sorted(Path("runs").glob("**/card.json"))]
+    names = accepted(dict.fromkeys([*runs, *pretrained_models()]), source)
+    raise ValueError(f"no model {source!r}: no run folder, and none of that name in "
+                     f"runs/ or in the package; {names}")
 
 # %% ../nbs/library/806_runs.ipynb #df1a64db
 MAX_CONDITION_ROWS = 2_000  # of training conditions in what ships

@@ -11,6 +11,7 @@ __all__ = ['MAX_NONFINITE_STEPS', 'STATE_FIELDS', 'Data', 'ShuffledIndices', 're
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -301,6 +302,28 @@ class Trainer(StageRunner):
                 {n.removeprefix(kind): t.to(self.accelerator.device)
                  for n, t in tensors.items() if n.startswith(kind)}
                 for kind in ("average.", "best."))
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Context manager: rounds at the start of a stage, which are then undone."""
+        named = lambda: dict(self.model.named_parameters()) | dict(
+            self.model.named_buffers())
+        before = {name: t.detach().clone() for name, t in named().items()}
+        counters = {name: copy(getattr(self, name)) for name in STATE_FIELDS}
+        try:
+            yield
+        finally:
+            for name, t in named().items():
+                t.data.copy_(before[name])
+            for p in self.model.parameters():
+                p.grad = None
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+            for name, value in counters.items():
+                setattr(self, name, value)
+            self.stage.progress = self.seen / self.stage.images
+            self.average = {name: self.moving[name].detach().clone()
+                            for name in self.average}
 
     def set_players(self, players: list[Player]) -> None:
         """Set the players of a stage, with new optimisers."""

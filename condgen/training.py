@@ -28,11 +28,14 @@ from .conditions import accepted, check_positive_integer
 from .contracts import Model, Stage
 from .distributed import (
     average_over_processes, broadcast_value, check_same_folder, make_accelerator)
-from .files import (
-    DamagedFile, folder_lock, make_folder, read_log, write_atomically, write_json)
+from condgen.files import (
+    DamagedFile, folder_lock, make_folder, read_json, read_log, write_atomically,
+    write_json)
 from .runs import (Run, load_state, load_tensors, read_weights, save, save_state,
                           saved_states, state_file, versions)
 from .states import played_images, state_misfits
+from .threads import (
+    begun_threads, choose_threads, resumed_threads, use_threads)
 from .trainer import Data, Trainer, training_context
 
 # %% ../nbs/library/808_training.ipynb #3e33c811
@@ -233,6 +236,12 @@ class RunWriter:
                     "versions": versions()}
             write_json(self.folder / "card.json", card)
 
+    def record_threads(self) -> None:
+        """Write the number of threads into the card."""
+        if self.writes:
+            path = self.folder / "card.json"
+            write_json(path, read_json(path) | {"threads": torch.get_num_threads()})
+
     def truncate_log(self, rows: int, seconds: float) -> None:
         """Resume after the first `rows` rows of the log."""
         self.before = seconds
@@ -359,14 +368,29 @@ def train_stage(trainer: Trainer, writer: RunWriter, deadline: float, save_every
 
 
 def train_stages(trainer: Trainer, stages: list[Stage], writer: RunWriter,
-                 deadline: float, save_every: float, progress: bool) -> bool:
-    """Train what is left of the stages; False if the time is spent before their end."""
+                 deadline: float, save_every: float, progress: bool,
+                 choose: bool) -> bool:
+    """Train what is left of the stages; False if the time is spent before their end.
+
+    Args:
+        trainer: new or restored.
+        stages: all of them.
+        writer: gets log rows and states.
+        deadline: in seconds of `time.monotonic`.
+        save_every: seconds between states.
+        progress: show a bar.
+        choose: the number of threads, at the beginning of the first stage.
+    """
     for index, stage in enumerate(stages):
         if (index < trainer.stage_index
                 or (index == trainer.stage_index and trainer.stage_over)):
             continue
         if index > trainer.stage_index:
             trainer.enter(stage, index)
+            if choose:
+                torch.set_num_threads(choose_threads(trainer))
+                writer.record_threads()
+                choose = False
         over = train_stage(trainer, writer, deadline, save_every, progress)
         trainer.finish()
         if not over:
@@ -383,6 +407,10 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
     """Train `model` on `data`.
 
     Call it again with the same arguments to resume or to load what is finished.
+
+    On a CPU the number of threads is chosen by measurement, unless `OMP_NUM_THREADS`
+    is set, and never above that of PyTorch. The card records it, and a resumed run
+    goes on with it.
 
     Args:
         model: stages and players say how it is trained.
@@ -428,11 +456,13 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
     trainer, writer = (Trainer(model, data, seed, accelerator),
                        RunWriter(folder, accelerator))
     card = resumable_card(folder, settings) if folder else None
+    begun = begun_threads(card)
     done = load_finished_run(model, stages, folder, card) if card else None
     if done:
         check_same_folder(folder, -1, accelerator)
         return done
-    with writer.lock(), training_context(model):
+    with (writer.lock(), training_context(model),
+          use_threads(resumed_threads(begun, folder))):
         found = (load_state(folder, functools.partial(state_misfits, stages))
                  if folder else None)
         if folder:
@@ -446,7 +476,7 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
         finished = False
         try:
             finished = train_stages(trainer, stages, writer, deadline, save_every,
-                                    progress)
+                                    progress, choose=begun is None and found is None)
         finally:
             model.fitted = {"finished": finished, "images": trainer.total}
         seconds = writer.seconds
@@ -457,4 +487,3 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
                  threads=torch.get_num_threads())
         accelerator.wait_for_everyone()
     return Run(model, folder, writer.log, finished, trainer.total, seconds)
-

@@ -12,6 +12,17 @@ os.environ["CONDGEN_TIER"] = "tiny"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+# files that take longest; they start first, so that no worker waits for the other's
+LONGEST = ("test_notebooks.py", "test_notebooks_library.py", "test_probes_faces.py",
+           "test_probes_digits.py", "test_full.py", "test_lab.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the order within a file stays."""
+    places = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""
@@ -23,7 +34,7 @@ def probes_of(kind: str) -> list[str]:
     from condgen.recipes import declared
 
     faces = lambda e: any(word in e.data for word in ("portrait", "ageing", "face",
-                                                      "photo", "utkface"))
+                                                      "photo", "utkface", "printed"))
     return [name for name, e in declared("EXPERIMENTS").items()
             if faces(e) == (kind == "faces")]
 

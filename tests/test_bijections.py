@@ -416,6 +416,27 @@ def test_quantize_inverts_dequantize(bins, dtype):
     assert torch.allclose(middle.diff(), torch.tensor(1 / bins, dtype=dtype), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("bins", [2, 256, 65_536])
+def test_dequantize_never_reaches_its_upper_end(bins, dtype):
+    """The largest noise below 1 would be rounded up; nothing else changes."""
+    noise = torch.tensor([0.5, 1 - torch.finfo(dtype).eps / 2], dtype=dtype)
+    v = bj.dequantize(torch.ones(2, dtype=dtype), noise, bins)
+    assert v.max() < 0.5 and v.dtype == dtype
+    grey = (torch.arange(256) / 255).to(dtype)
+    assert torch.equal(bj.dequantize(grey, noise[0]), (grey * 255 + 0.5) / 256 - 0.5)
+
+
+@pytest.mark.parametrize(("verb", "shape", "message"), [
+    ("forward", (4, 2, 2), r"shape \(4, 2, 2\); accepted: images \(n, c, h, w\)"),
+    ("inverse", (4, 2, 2), r"accepted: images \(n, c, h, w\)"),
+    ("forward", (1, 2, 1, 2, 2), "accepted: images"), ("forward", (2, 4), "accepted"),
+    ("inverse", (1, 6, 2, 2), "6 channels; accepted: a multiple of 4")])
+def test_squeeze_takes_batches_of_images_only(verb, shape, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(bj.Squeeze(), verb)(torch.zeros(shape))
+
+
 def test_quantize_clamps():
     assert bj.quantize(torch.tensor([-3.0, -0.5, 0.5, 3.0])).tolist() == [0, 0, 1, 1]
 

@@ -14,7 +14,7 @@ from condgen.contracts import Batch, Noise
 from condgen.models.caglow import CAGlow
 from condgen.models.caglow_networks import SupervisionBlock
 from condgen.models.caglow_faces import (CAGlowFaces, FaceEncoder, FaceSupervisionBlock,
-                                         quarter_size)
+                                         LatentMap, WholeCAGlowFaces, quarter_size)
 from condgen.models.glow import Glow, glow_flow
 from condgen.runs import load, save
 from condgen.trainer import set_trainable
@@ -273,3 +273,25 @@ def test_training_uses_the_given_form_of_eq_11():
         losses[form] = model.supervision_loss(batch)["D"][1].item()
     assert (losses["corrected"] == pytest.approx(50.0)
             and losses["literal"] == pytest.approx(50.0 - 51.0))
+
+
+def test_a_latent_becomes_one_map_and_comes_back():
+    levels = LatentMap([(6, 32, 32), (12, 16, 16), (48, 8, 8)])
+    z = torch.randn(2, 12_288, generator=seeded())
+    assert levels.shape == (48, 16, 16) and torch.equal(levels.inverse(levels(z)), z)
+    with pytest.raises(ValueError, match="accepted: two levels"):
+        LatentMap([(12, 8, 8)])
+
+
+def test_reading_w_writes_the_whole_latent(tmp_path):
+    model = build(cls=WholeCAGlowFaces)
+    assert model.written == model.glow.dims
+    c, eps = conditions_of(model.conditions, 4), torch.randn(4, 16, generator=seeded())
+    same = [model.generate_latents(c, eps, torch.full((4, model.glow.dims), fill))
+            for fill in (0.0, 1.0)]
+    assert torch.equal(*same)
+    save(model, tmp_path / "w")
+    x = [m.sample(2, identity=1, hat=0, generator=seeded())
+         for m in (model, load(tmp_path / "w"))]
+    assert torch.equal(*x)
+    assert model.supervision(same[0])[1].shape == (4,)

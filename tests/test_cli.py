@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
         with zipfile.ZipFile(where / name, "w") as archive:
             archive.writestr(member, picture.getvalue())
     (where / "file").touch()
+    (where / "empty.json").write_text("{}")
     return where
 
 
@@ -78,7 +80,35 @@ MISTAKES = [
      "cannot make folder file: File exists; choose another one"),
     (["reproduce", "caglow/digits", "--results", "file/x.json"],
      "cannot make folder file: File exists"),
-    (["reproduce", "caglow/digits", "--results", "runs"], "runs is not a result"),
+    (["reproduce", "caglow/digits", "--results", "runs"],
+     "cannot write runs: it is a folder"),
+    (["benchmark", "--tier", "tiny", "-o", "runs"],
+     "cannot write runs: it is a folder"),
+    (["benchmark", "-o", "file/b.json"], "cannot make folder file: File exists"),
+    (["probe", "caglow/digits", "--record", "why", "--results", "/dev/null"],
+     "cannot write /dev/null: it is a device"),
+    (["sample", "caglow-digits", "-o", f"{'a' * 300}/x.png"], "File name too long"),
+    (["sample", "caglow-digits", "-o", ""], "'' is empty; accepted: a path"),
+    (["reproduce", "caglow/digits", "--runs", "file"], "cannot make folder file"),
+    (["data", "prepare", "lfw", "--from", ".", "--out", "file"],
+     "cannot make folder file"),
+    (["reproduce", "caglow/digits", "--results", "empty.json"],
+     "empty.json is not a result: it lacks experiment, tier"),
+    (["probe", "caglow/digits", "--results", "empty.json"],
+     "empty.json is not a result: it lacks experiment, tier"),
+    (["reproduce", "caglow/digits", "--seed", str(2**63 - 1), "--seeds", "2"],
+     f"accepted: 0 to {2**63 - 1}"),
+    (["evaluate", "caglow-digits", "--evaluator", "evaluator-digits", "--data", ""],
+     "no data set ''; accepted: digits"),
+    (["train", "glow-celeba"], "a set that `condgen data prepare NAME"),
+    (["train", "GLOW-digits"], "did you mean 'glow-digits'"),
+    (["train", "glow-digits", "--tier", "TINY"], "did you mean 'tiny'"),
+    (["sample", "caglow-digits", "--DIGIT", "7"], "did you mean 'digit'"),
+    (["sample", "caglow-digits", "--n", "4"], "for the option -n write -n"),
+    (["sample", "caglow-digits", "--Seed", "4"], "for the option --seed write --seed"),
+    (["sample", "caglow-digits", "--digit=", "7"], "accepted: a number"),
+    (["sample", "caglow-digits", "-d", "7"], "conditions are given as --name value"),
+    (["evaluate", "caglow-digits"], "Missing option '--evaluator'"),
     (["sample", "caglow-digts", "-o", "x.png"], "did you mean 'caglow-digits'"),
     (["train", "caglow-digts"], "did you mean 'caglow-digits'"),
     (["train", "glow-digits", "--tier", "huge"], "accepted: tiny, cpu"),
@@ -140,6 +170,8 @@ def test_mistakes_are_explained_and_write_nothing(folder, arguments, message,
     before = sorted(folder.rglob("*"))
     code, said = called(arguments, monkeypatch, capsys, folder)
     assert code == 2 and message in said and "Traceback" not in said
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
     assert sorted(folder.rglob("*")) == before
 
 
@@ -193,3 +225,93 @@ def test_a_set_without_test_images_is_refused(tmp_path, monkeypatch, capsys):
                          "--data", "few"], monkeypatch, capsys, tmp_path)
     assert (code and "the part test of few has 0 images; accepted: 2 or more"
             in " ".join(said.split()))
+
+
+@pytest.mark.parametrize("command", [
+    ["sample", "caglow-digits", "-o", "x.jpeg.txt"],
+    ["sample", "caglow-digits", "-o", "file/x.png"],
+    ["train", "glow-digits", "--tier", "tiny", "--out", "file"],
+    ["reproduce", "caglow/digits", "--results", "file/r.json"],
+    ["probe", "caglow/digits", "--record", "why", "--results", "file/r.json"],
+    ["benchmark", "-o", "file/b.json"],
+    ["data", "prepare", "lfw", "--from", ".", "--out", "file"],
+], ids=lambda command: command[0])
+def test_a_bad_place_is_found_before_any_work(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for work in ("runs.load", "recipes.prepare", "reproduction.reproduce",
+                 "reproduction.record_probe", "experiments.speed.benchmark",
+                 "downloads.prepare"):
+        monkeypatch.setattr(f"condgen.{work}", lambda *a, **k: pytest.fail("work"))
+    code, said = called(command, monkeypatch, capsys, tmp_path)
+    assert code == 2 and said.startswith("error: cannot")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_evaluate_checks_its_place_before_any_work(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    from condgen.runs import pretrained_models
+
+    shutil.copytree(pretrained_models()["cglow-digits"], tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").mkdir()
+    monkeypatch.setattr("condgen.data.load", lambda *a: pytest.fail("work"))
+    code, said = called(["evaluate", "run", "--evaluator", "evaluator-digits"],
+                        monkeypatch, capsys, tmp_path)
+    assert (code, said) == (2, "error: cannot write run/metrics.json: it is a folder; "
+                               "choose another one\n")
+
+
+def test_budget_ends_reproduce_like_train(tmp_path, monkeypatch, capsys):
+    from condgen.lab import OutOfTime
+
+    def late(*arguments, **options):
+        raise OutOfTime("time is up: the same command goes on from there")
+
+    monkeypatch.setattr("condgen.reproduction.probe", late)
+    for line in (["train", "glow-digits", *TINY, "--budget", "0"],
+                 ["reproduce", "caglow/digits", *TINY, "--budget", "0"]):
+        code, said = called(line, monkeypatch, capsys, tmp_path)
+        assert code == 0 and "error" not in said
+
+
+def test_any_file_name_can_be_printed(tmp_path):
+    import os
+
+    name = os.fsdecode(b"q\xff.png")
+    done = subprocess.run([sys.executable, "-m", "condgen", "sample", "caglow-digits",
+                           "-n", "1", "-o", name], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and done.stdout.startswith(b"1 images in q")
+    assert done.stderr == b"" and os.listdir(os.fsencode(tmp_path)) == [b"q\xff.png"]
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["data", "list"]])
+def test_a_closed_pipe_ends_quietly_with_141(arguments, tmp_path):
+    import os
+
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "condgen", *arguments], cwd=tmp_path,
+                          stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_evaluators_are_given_by_name_or_folder():
+    import condgen as cg
+    from condgen.runs import pretrained_models
+
+    model, data = cg.load("cglow-digits"), cg.data.digits(16)
+    kinds = ("evaluator-digits", pretrained_models()["evaluator-digits"],
+             cg.load("evaluator-digits"))
+    found = [cg.evaluate(model, kind, data, n=360) for kind in kinds]
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(FileNotFoundError, match="did you mean 'evaluator-digits'"):
+        cg.evaluate(model, "evaluator-digit", data)
+
+
+def test_claims_are_found_by_paper_and_by_id(monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    assert called(["claims", "CAGLOW-11"], monkeypatch, capsys, root) == (0, "")
+    code, said = called(["claims", "caglo"], monkeypatch, capsys, root)
+    assert code == 2 and "did you mean 'CAGlow'" in said

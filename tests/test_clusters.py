@@ -81,6 +81,47 @@ def test_two_sample_statistic_from_half_to_one():
     assert mt.knn_two_sample(a, cloud(2) + 100) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5, 10])
+@pytest.mark.parametrize("n", [20, 400])
+def test_identical_sets_are_not_apart(n, k):
+    """½ in the limit: each point lacks itself, one of n companions."""
+    a = cloud(1, n)
+    b = a[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    assert mt.same_set_shares(a, b, k) == pytest.approx((0.5, 0.5), abs=1e-12)
+    assert mt.knn_two_sample(a, b, k) == pytest.approx(0.5 + 1 / (4 * n), abs=1e-12)
+    double = torch.cat([a, a])  # repeated points within each set too
+    assert mt.knn_two_sample(double, double, k) == pytest.approx(0.5, abs=1 / n)
+    assert mt.knn_two_sample(a, a.clone() + 100, k) == 1
+
+
+def test_fewer_neighbours_than_asked_for():
+    """Two points and their copies: only the other pair is left."""
+    a = torch.tensor([[0.0], [1.0]])
+    assert mt.same_set_shares(a, a, 3) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("kinds", [2, 10, 100])
+def test_points_at_equal_distances_count_in_equal_parts(kinds):
+    """Repeated values do not decide by their order; 1,000 draws of each set are
+    ten times closer to ½ than the bound.
+    """
+    g = torch.Generator().manual_seed(kinds)
+    a, b = torch.randint(kinds, (2, 1_000, 1), generator=g).double()
+    value = mt.knn_two_sample(a, b)
+    assert 0.5 <= value < 0.6
+    assert mt.knn_two_sample(a.flip(0), b.sort(0).values) == pytest.approx(value)
+    assert mt.knn_two_sample(b, a) == pytest.approx(value)
+
+
+def test_shares_by_hand():
+    """Distances 1, 2, 2, 2 from the first point: the last place is shared by three."""
+    distance = torch.tensor([[math.inf, 1.0, 2.0, 2.0, 2.0]])
+    assert mt.neighbour_shares(distance, 2).tolist() == [
+        pytest.approx([0, 1, 1 / 3, 1 / 3, 1 / 3])]
+    shares = mt.neighbour_shares(distance, 4)
+    assert shares.tolist() == [[0, 1, 1, 1, 1]] and shares.dtype == torch.float64
+
+
 def test_two_sample_statistic_detects_a_wider_distribution():
     a, b = cloud(1, dims=256), 1.25 * cloud(2, dims=256)
     assert sum(mt.same_set_shares(a, b)) / 2 == pytest.approx(0.5, abs=0.05)

@@ -4,10 +4,13 @@ chapter on contracts.
 
 import copy
 import importlib
+import inspect
 import json
 import keyword
 import math
+import pkgutil
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,10 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from typer.main import get_command
 
+import condgen
+from condgen.__main__ import app
+from condgen.checks import accepted, check_positive_integer, check_temperature
 from condgen.conditions import (
-    RESERVED_NAMES, Binary, Classes, Code, Condition, Real, Schema, accepted,
-    check_positive_integer, check_temperature)
+    RESERVED_NAMES, Binary, Classes, Code, Condition, Real, Schema, identifier,
+    points_on_line)
 from condgen.contracts import Batch, Model, Noise, Player, Stage, draw_rows, seed_of
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -98,9 +105,55 @@ def test_values_are_refused(condition, values, message):
         assert str(found.value) == f"{condition.name}={value}; {message}"
 
 
+def arguments_beside_conditions() -> set[str]:
+    """Names in signatures that also take conditions by name, and `condgen sample`'s."""
+    command = get_command(app).commands["sample"]
+    found = {name[2:] for option in command.get_params(click.Context(command))
+             for name in option.opts if name.startswith("--")}
+    for info in pkgutil.walk_packages(condgen.__path__, "condgen."):
+        parts = [part for part in vars(importlib.import_module(info.name)).values()
+                 if getattr(part, "__module__", "") == info.name]
+        parts += [f for part in parts if inspect.isclass(part)
+                  for f in vars(part).values()]
+        for function in filter(inspect.isfunction, parts):
+            given = inspect.signature(function).parameters.values()
+            if any(p.kind is p.VAR_KEYWORD and p.name in ("conditions", "values")
+                   for p in given):
+                found |= {p.name for p in given if p.kind in (
+                    p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return found
+
+
+def test_reserved_names_are_those_of_all_signatures():
+    assert sorted(RESERVED_NAMES) == sorted(arguments_beside_conditions())
+
+
+@pytest.mark.parametrize("name", RESERVED_NAMES)
+def test_names_of_arguments_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'; accepted: .* '{name}_', not the"):
+        Binary(name)
+    assert Binary(f"{name}_").name == f"{name}_"
+
+
+@pytest.mark.parametrize("kind", ["CGlow", "VAE"])
+def test_ends_of_a_line_and_conditions_may_be_called_a_and_b(kind):
+    sizes = {"levels": 1, "depth": 1, "width": 8} if kind == "CGlow" else {}
+    model = getattr(condgen, kind)((1, 8, 8), [Binary("a"), Binary("b")], **sizes)
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert model.interpolate(x[0], x[1], 3, a=0, b=1).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("5 o'clock", "_5_o_clock"), ("class", "class_"), ("seed", "seed_"), ("m²", "m_"),
+    ("", "_"), ("²", "_"), ("आयु", "आयु"), ("age", "age")])
+def test_texts_become_names_of_conditions(text, name):
+    assert identifier(text) == name and Binary(name).name == name
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: Condition("2d"),
-     "condition name '2d'; accepted: a Python identifier other than n, temperature"),
+     "condition name '2d'; accepted: a Python identifier such as '_2d', not the "
+     "argument dims, generator, "),
     (lambda: Binary("class"), "condition name 'class'"),
     (lambda: Binary("x"), "condition name 'x'"),
     (lambda: Classes(10, "digit"), "condition name 10"),
@@ -115,6 +168,9 @@ def test_values_are_refused(condition, values, message):
     (lambda: Real("r", 0, None),
      "r: from 0 to None; accepted: two numbers, the lower one first"),
     (lambda: Real("r", 0, math.inf), "r: from 0 to inf"),
+    (lambda: Real("r", False, True), "r: from False to True"),
+    (lambda: Classes("a", 1.5), "a: 1.5 classes; accepted: an integer, 1 or more"),
+    (lambda: Code("u", 1.5), "u: 1.5 codes; accepted: an integer, 1 or more"),
     (lambda: Code("u", 0), "u: 0 codes; accepted: an integer, 1 or more"),
     (lambda: Code("u", 1.0), "u: 1.0 codes; accepted: an integer, 1 or more"),
     (lambda: Code("u", 1, "normal"), "u: kind 'normal'; accepted: uniform, binary"),
@@ -151,6 +207,27 @@ def test_nearest_choice_is_named():
     assert (accepted(["flow", "adversarial"], "flo")
             == "accepted: flow, adversarial; did you mean 'flow'?")
     assert accepted([], "a") == "accepted: nothing"
+
+
+@pytest.mark.parametrize("value", [
+    torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse(),
+    torch.ones(2, device="meta"), torch.ones(2).to(torch.float8_e5m2),
+    torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+    torch.nested.nested_tensor([torch.ones(1), torch.ones(1)])],
+    ids=["complex", "sparse", "meta", "float8", "quantised", "nested"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of PyTorch
+def test_tensors_that_are_no_plain_numbers_are_refused(value):
+    for item in (Classes("k", 2), Binary("b"), Real("r", 0, 2), Code("u", 2)):
+        with pytest.raises(ValueError, match="accepted: "):
+            item.pack(value, 2)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, None, True])
+def test_lines_of_conditions_have_a_whole_number_of_points(n):
+    for line in (points_on_line, Schema([Code("u", 2)]).interpolate):
+        with pytest.raises(ValueError, match="accepted: an integer, 1 or more"):
+            line(torch.zeros(2), torch.ones(2), n)
+        assert line(torch.zeros(2), torch.ones(2), 3)[1].tolist() == [0.5, 0.5]
 
 
 def test_likelihoods_are_torchs():
@@ -430,8 +507,10 @@ def test_rows_have_the_models_precision_and_width():
     (torch.zeros(2, 1, 2, 3), "shape (2, 1, 2, 3); accepted: a tensor (n, 1, 2, 2)"),
     (torch.zeros(1, 2, 2), "shape (1, 2, 2)"),
     (np.zeros((1, 1, 2, 2)), "given as ndarray"),
-    (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), "torch.uint8 with values from 0 to 0"),
-    (torch.zeros(0, 1, 2, 2, dtype=torch.uint8), "no values"),
+    (torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+     "torch.uint8; accepted: torch.float16, torch.bfloat16, torch.float32, "
+     "torch.float64; divide bytes by 255"),
+    (torch.zeros(0, 1, 2, 2), "(0, 1, 2, 2), an empty batch; accepted: 1 or more"),
     (torch.full((1, 1, 2, 2), 1.5), "from 1.5 to 1.5"),
     (torch.full((1, 1, 2, 2), math.nan), "from nan to nan")])
 def test_images_are_refused(images, message):

@@ -14,16 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from condgen import data, downloads, faces, folders
+from condgen import data, downloads, faces, files, folders
+from condgen import images as image_files
 from condgen.conditions import Binary, Classes, Code, Real, Schema
 
 MNIST = Path(os.environ.get("CONDGEN_DATA", "nowhere")) / "MNIST" / "raw"
-laws = settings(max_examples=150, deadline=None, derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
@@ -253,10 +250,19 @@ def test_inferred_conditions(tmp_path, values, condition):
 
 
 def test_names_become_identifiers(tmp_path):
-    table = "file,5 o'clock,class,x\n" + "\n".join(f"{i}.png,{i % 2},{i % 3},{i / 4}"
+    table = "file,5 o'clock,class,m²\n" + "\n".join(f"{i}.png,{i % 2},{i % 3},{i / 4}"
                                                    for i in range(10))
     assert data.folder(squares(tmp_path / "a.zip", table),
-                       size=4).conditions.names == ["_5_o_clock", "class_", "x_"]
+                       size=4).conditions.names == ["_5_o_clock", "class_", "m_"]
+    with pytest.raises(ValueError, match="labels.csv.*'a b' and 'a_b'.*rename"):
+        data.folder(squares(tmp_path / "a.zip", "file,a b,a_b\n0.png,1,0\n"))
+
+
+def test_columns_named_like_arguments_are_refused(tmp_path):
+    path = squares(tmp_path / "a.zip", column("seed", 0, 1, 1))
+    with pytest.raises(ValueError, match=r"labels.csv.*'seed'.*model, n,.*'seed_'"):
+        data.folder(path)
+    assert data.folder(path, size=4, columns=[]).conditions == Schema()
 
 
 def test_schema_columns_and_splits(tmp_path):
@@ -293,6 +299,23 @@ def test_folder_and_zip_are_the_same(tmp_path):
     assert data.folder(tmp_path / "a", size=8).conditions == Schema()
 
 
+def test_parts_are_assigned_once_for_all_images(tmp_path, monkeypatch):
+    """Once for each image, 50,000 images took hours."""
+    calls, assign = [], folders.assign_splits
+    monkeypatch.setattr(folders, "assign_splits",
+                        lambda names: calls.append(names) or assign(names))
+    data.folder(archive(tmp_path / "a.zip", {f"{i}.png": picture() for i in range(5)}))
+    assert len(calls) == 1
+
+
+def test_many_images_are_read_with_a_bar(tmp_path, monkeypatch, capsys):
+    from tqdm import auto
+
+    monkeypatch.setattr(auto, "tqdm", lambda names, text, **kw: print(text) or names)
+    data.folder(archive(tmp_path / "a.zip", {"0.png": picture()}), size=2)
+    assert capsys.readouterr().out == "reading a.zip\n"
+
+
 def test_parts_depend_on_names_only():
     names = [f"{i}.png" for i in range(100)]
     assert folders.assign_splits(names) == folders.assign_splits(names[::-1])
@@ -317,6 +340,111 @@ def test_modes_and_crop(tmp_path):
                         size=None).images == 255).all()
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "PCX", "DDS"])
+def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, kind):
+    """By contents, and without a call of their reader."""
+    raw, opened = picture(kind=kind), []
+    for plugin in set(Image.OPEN) - set(map(str.upper, image_files.IMAGE_FORMATS)):
+        monkeypatch.setitem(Image.OPEN, plugin, (lambda *_: opened.append(1), None))
+    path = archive(tmp_path / "a.zip", {"0.png": raw})
+    with pytest.raises(ValueError, match="'0.png' is not an image.*accepted: files in "
+                                         "PNG, JPEG, WebP, BMP, GIF, TIFF format"):
+        data.folder(path)
+    assert not opened
+
+
+@pytest.mark.parametrize("kind", image_files.IMAGE_FORMATS)
+def test_contents_decide_and_not_the_name(tmp_path, kind):
+    path = archive(tmp_path / "a.zip", {"0.gif": picture(kind=kind)})
+    found = data.folder(path, size=4).images.float().mean((0, 2, 3))
+    assert torch.allclose(found, torch.tensor([200.0, 50.0, 10.0]), atol=3)
+
+
+def test_the_first_image_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (8, 8), shade) for shade in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        stream = io.BytesIO()
+        frames[0].save(stream, kind, save_all=True, append_images=frames[1:],
+                       **{"lossless": True} if kind == "WEBP" else {})
+        found = data.folder(archive(tmp_path / "a.zip", {"a.png": stream.getvalue()}),
+                            size=2).images
+        assert found[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def grey(values: np.ndarray, kind: str, tags: dict | None = None,
+         mode: str | None = None) -> torch.Tensor:
+    """What is read of a grey image with these values."""
+    stream = io.BytesIO()
+    im = Image.fromarray(values) if mode is None else Image.frombytes(
+        mode, values.shape[::-1], values.tobytes())
+    im.save(stream, kind, **({"tiffinfo": tags} if tags else {}))
+    square, is_grey = image_files.read_square_image(stream.getvalue(), "a.tif", None)
+    assert is_grey
+    return torch.from_numpy(square[..., 0].copy()).long()
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(("values", "kind", "options"), [
+    (RAMP * 257, "PNG", {}), (RAMP * 257, "TIFF", {}),
+    ((RAMP * 257).astype(">u2"), "TIFF", {"mode": "I;16B"}),
+    (RAMP[::-1, ::-1] * 257, "TIFF", {"tags": {262: 0}})])
+def test_sixteen_bits_become_eight(values, kind, options):
+    values = values if options.get("mode") else values.astype(np.uint16)
+    assert torch.equal(grey(values, kind, **options), torch.from_numpy(RAMP))
+
+
+def test_twelve_bits_become_eight():
+    body = b"".join(struct.pack("<HHLL", *entry) for entry in (
+        (256, 4, 1, 2), (257, 4, 1, 1), (258, 3, 1, 12), (259, 3, 1, 1),
+        (262, 3, 1, 1), (273, 4, 1, 8), (278, 4, 1, 1), (279, 4, 1, 3)))
+    raw = b"II*\0\x0c\0\0\0\xff\xf8\x00\0" + struct.pack("<H", 8) + body + bytes(4)
+    image = Image.open(io.BytesIO(raw))
+    assert image.mode == "I;16" and np.asarray(image).tolist() == [[4095, 2048]]
+    assert np.asarray(image_files.to_eight_bits(image)).tolist() == [[255, 128]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.int16])
+def test_values_without_a_range_are_refused(tmp_path, dtype):
+    """Once they became black."""
+    stream = io.BytesIO()
+    if dtype is np.int16:
+        Image.fromarray(RAMP.astype(np.uint16)).save(stream, "TIFF", tiffinfo={339: 2})
+    else:
+        Image.fromarray(RAMP.astype(dtype)).save(stream, "TIFF")
+    path = archive(tmp_path / "a.zip", {"0.tif": stream.getvalue()})
+    with pytest.raises(ValueError, match="'0.tif'.*no defined range; accepted: 8 or 16"):
+        data.folder(path)
+
+
+def test_orientation_is_applied_once(tmp_path):
+    im = Image.new("RGB", (8, 8), "black")
+    im.paste("white", (0, 0, 8, 4))  # the upper half
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        stream = io.BytesIO()
+        im.save(stream, kind, exif=exif.tobytes())
+        found, _ = image_files.read_square_image(stream.getvalue(), "a", None)
+        assert found[:, 5:].min() > 200 and found[:, :3].max() < 50, kind
+
+
+@pytest.mark.parametrize("raw", [
+    b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHLL", 273, 4, 70_000, 8),
+    b"II+\0\x08\0\0\0\x10" + bytes(7) + b"\1" + bytes(7)
+    + struct.pack("<HHQQ", 324, 4, 70_000, 8),
+    b"Exif\0\0MM\0*\0\0\0\x08\0\1" + struct.pack(">HHLL", 34665, 4, 1, 0x1a)
+    + bytes(4) + b"\0\1" + struct.pack(">HHLL", 37500, 5, 70_000, 8),
+    b"\xff\xd8" + b"\xff\xe5\0\2" * 70_000, b"\xff\xd8" + b"\xff" * 140_000,
+    b"\xff\xd8" + b"\xff\xe1\0\x08Exif\0\0" * 65,
+    b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0abCdabcd" * 70_000])
+def test_files_with_too_many_parts_are_refused(raw):
+    with pytest.raises(ValueError, match="too many parts, accepted: 65,536"):
+        image_files.check_parts(raw)
+    image_files.check_parts(raw[:14])
+
+
 @pytest.mark.parametrize(("name", "bad"), [
     ("../a.png", "with .."), ("b/../../a.png", "with .."), ("/a.png", "absolute"),
     ("C:\\a.png", "absolute"), ("..\\a.png", "with ..")])
@@ -331,12 +459,31 @@ def test_unsafe_names(tmp_path, name, bad):
         data.folder(tmp_path / "f")
 
 
+def test_a_member_without_a_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr(zipfile.ZipInfo(""), picture())
+    with pytest.raises(ValueError, match="a.zip: member '' is without a name"):
+        data.folder(tmp_path / "a.zip")
+
+
 @pytest.mark.parametrize("size", [0, 4097, 8.0, "8", True])
 def test_sizes_of_own_images_are_refused(tmp_path, size):
     path = archive(tmp_path / "a.zip", {"a.png": picture()})
     with pytest.raises(ValueError, match="size=.*; accepted"):
         data.folder(path, size=size)
     assert data.folder(path, size=np.int64(8)).shape[1:] == (8, 8)
+    wide = archive(tmp_path / "b.zip", {"b.png": picture("L", (4097, 4097))})
+    with pytest.raises(ValueError, match="'b.png': size=4097; accepted"):
+        data.folder(wide, size=None)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(folders.np, "empty", full)
+    with pytest.raises(ValueError, match="a.zip: 1 images of 9 × 9 .*smaller size"):
+        data.folder(archive(tmp_path / "a.zip", {"a.png": picture()}), size=9)
 
 
 def test_links_and_bombs(tmp_path, monkeypatch):
@@ -357,7 +504,7 @@ def test_links_and_bombs(tmp_path, monkeypatch):
     bomb.write_bytes(raw)
     with pytest.raises(ValueError, match="bomb.png"):
         data.folder(bomb)
-    monkeypatch.setattr(folders, "MAX_PIXELS", 100)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="'a.png'.*12 × 9 pixels"):
         data.folder(archive(tmp_path / "p.zip", {"a.png": picture()}))
 
@@ -368,7 +515,13 @@ def test_links_and_bombs(tmp_path, monkeypatch):
     ("file,a,a\n0.png,1,2\n", "'a' is there twice"),
     (column("a", "") , "'0.png' is ''"), (column("a", 1, "nan"), "'1.png' is 'nan'"),
     (column("a", 2, "inf"), "'1.png' is 'inf'"),
-    (column("a", 1.5, 1.5), "1.5 only"), ("file,a\n0.png,1,2\n", "row 1 has 3"),
+    (column("a", 1.5, 1.5), "labels.csv: .*1.5' only"),
+    (column("split", "val", "test"), "labels.csv: no image is in the split 'train'"),
+    (column("a", -1e308, 1e308), "labels.csv: a: from -1e.308 to 1e.308"),
+    (column("a" * 101, 1), "labels.csv.*a name of 101 characters"),
+    (column("a", "x" * 2**20), "labels.csv.*a row of over 1,048,576 characters"),
+    ("file," + ",".join(map(str, range(1000))), "labels.csv has 1,001 columns; accepted"),
+    ("file,a\n0.png,1,2\n", "row 1 has 3"),
     ("file,a\n0.png,1\n0.png,0\n", "'0.png' is there 2 times"),
     (b"file\n\xff\xfe", "UTF-8"), ("file,a\n0.png,1\n777.png,1\n778.png,1\n",
                                    r"2 files are missing, the first is '777.png'"),
@@ -383,6 +536,12 @@ def test_tables(tmp_path, table, message):
         return
     with pytest.raises(ValueError, match=message):
         data.folder(path, size=2)
+
+
+def test_a_list_of_fractions_is_not_taken_for_probabilities(tmp_path):
+    path = squares(tmp_path / "a.zip", column("a", 0.5, 0.25, 0.25))
+    with pytest.raises(ValueError, match="labels.csv: '0.png': a=0.5; accepted"):
+        data.folder(path, conditions=Classes("a", 3))
 
 
 def test_broken_files(tmp_path):
@@ -413,48 +572,6 @@ def test_broken_files(tmp_path):
     ):
         z.writestr("a.png", picture()), z.writestr("a.png", picture()), z.close()
         data.folder(tmp_path / "d.zip")
-
-
-cells = st.one_of(
-    st.sampled_from(["0", "1", "2", "x", "nan", "", "1e999", "-3.5", '"', "a,b",
-                     "9" * 30, "train", "0x1"]), st.text(max_size=5),
-)
-
-
-@laws
-@given(
-    st.lists(st.sampled_from(["file", "split", "a", "n", "class", "", "5"]),
-             max_size=4),
-    st.lists(st.lists(cells, max_size=4), max_size=5), st.integers(0, 4),
-)
-@example(["file", "a"], [["9" * 400], ["1"]], 2)
-def test_any_table_is_read_or_refused(tmp_path, head, rows, n):
-    """Rows that begin with existing files, then anything."""
-    lines = [",".join(head),
-             *(",".join([f"{i}.png", *row]) for i, row in enumerate(rows))]
-    read(tmp_path, "\n".join(lines).encode("utf-8", "surrogatepass"), n)
-
-
-@laws
-@given(st.binary(max_size=60), st.integers(0, 2))
-def test_any_bytes_are_read_or_refused(tmp_path, raw, n):
-    read(tmp_path, raw, n)
-
-
-def read(tmp_path: Path, raw: bytes, n: int) -> None:
-    """Reads a table about five pictures, letting only a ValueError pass."""
-    folder = tmp_path / "f"
-    folder.mkdir(exist_ok=True)
-    for i in range(5):
-        (folder / f"{i}.png").write_bytes(picture(size=(2, 2)))
-    (folder / "labels.csv").write_bytes(raw)
-    conditions = [None, None, Classes("a", 3), Binary("a"), Real("a", 0, 1)][n]
-    try:
-        d = data.folder(folder, size=2, conditions=conditions)
-    except ValueError as error:
-        assert len(str(error)) < 600
-    else:
-        assert len(d.images) == len(d.labels) > 0 and torch.isfinite(d.labels).all()
 
 
 # prepared sets ------------------------------------------------------------------------
@@ -516,6 +633,17 @@ def test_utkface(tmp_path):
                                    Classes("race", 4)])
 
 
+def lfw_download(folder: Path, n: int = 3) -> Path:
+    for i in range(n):
+        put(folder / f"A_B/A_B_{i:04}.jpg", picture(size=(250, 250), kind="JPEG"))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes()
+            for p in folder.rglob("*") if p.is_file()}
+
+
 def test_prepare_refuses(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'celeba'"):
         downloads.prepare("celebA", tmp_path)
@@ -523,8 +651,93 @@ def test_prepare_refuses(tmp_path):
         downloads.prepare("lfw", tmp_path / "none")
     with pytest.raises(ValueError, match="no images"):
         downloads.prepare("lfw", tmp_path)
+    for size in (0, 4097):
+        with pytest.raises(ValueError, match=f"size={size}; accepted: "):
+            downloads.prepare("lfw", lfw_download(tmp_path / "lfw"), size=size)
+    lfw_download(tmp_path / "lfw" / "twice")
+    with pytest.raises(ValueError, match="'A_B_0000.jpg' twice"):
+        downloads.prepare("lfw", tmp_path / "lfw")
     with pytest.raises(FileNotFoundError, match="no prepared set 'lfw64'"):
         data.prepared("lfw64")
+    assert not folders.data_folder().exists() or not contents(folders.data_folder())
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, OSError(28, "No space left"),
+                                     ValueError("damaged")])
+@pytest.mark.parametrize("place", ["read_square_image", "write_atomically"])
+def test_stopped_prepare_changes_nothing(tmp_path, monkeypatch, place, trouble, before):
+    source, out = lfw_download(tmp_path / "lfw"), tmp_path / "out"
+    if before:
+        downloads.prepare("lfw", source, out)
+    old, count, work = contents(tmp_path), [], getattr(downloads, place)
+
+    def stop(*given):
+        count.append(1)
+        if len(count) == (2 if place == "read_square_image" else 1):
+            raise trouble
+        return work(*given)
+
+    monkeypatch.setattr(downloads, place, stop)
+    with pytest.raises(type(trouble) if isinstance(trouble, Exception) else trouble):
+        downloads.prepare("lfw", source, out)
+    assert contents(tmp_path) == old and count
+    assert (out / "lfw64").exists() == before
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, monkeypatch):
+    """Written pieces are flushed; an error of another file keeps its name."""
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="none"), files.atomic_file(path):
+        (tmp_path / "none").read_bytes()
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*a.zip: No space left on device"):
+        files.write_atomically(path, b"new")
+    assert contents(tmp_path) == {"a.zip": b"old"}
+
+
+@pytest.mark.parametrize("harm", [
+    lambda text: text.replace("1.jpg 7", "7.jpg 7"),
+    lambda text: text.replace("1.jpg 0", "1.jpg 9"),
+    lambda text: text.replace("1.jpg 1 1", "1.jpg 1")])
+def test_celeba_tables_that_do_not_agree(tmp_path, harm):
+    put(tmp_path / "img_align_celeba/1.jpg", picture(kind="JPEG"))
+    for name, text in (("list_attr_celeba", "1\nHat Smiling\n1.jpg 1 1\n"),
+                       ("identity_CelebA", "1.jpg 7\n"),
+                       ("list_eval_partition", "1.jpg 0\n")):
+        put(tmp_path / f"{name}.txt", harm(text))
+    with pytest.raises(ValueError, match="list_attr_celeba.txt.* do not agree on '1.jpg'"):
+        downloads.prepare("celeba", tmp_path)
+
+
+def test_without_a_home_folder_nothing_is_kept(tmp_path, monkeypatch):
+    """As in a container whose user is not in the list of users."""
+    import pwd
+
+    import torchvision
+
+    def unknown(_):
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME", "CONDGEN_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", pytest.fail)
+    assert folders.cache_folder() is folders.data_folder() is None
+    assert folders.prepared_names() == []
+    assert data.faces(16, 5, 2).images.shape == (5, 3, 16, 16)
+    for call in (data.mnist, lambda: data.load("lfw64"), lambda: data.prepared("lfw64"),
+                 lambda: downloads.prepare("lfw", lfw_download(tmp_path / "lfw"))):
+        with pytest.raises((ValueError, OSError), match="CONDGEN_DATA, which is not set"):
+            call()
+    monkeypatch.setenv("CONDGEN_DATA", "~/data")
+    with pytest.raises(ValueError, match="CONDGEN_DATA is '~/data'.*accepted"):
+        folders.data_folder()
 
 
 def test_drawn_sets_are_known_by_how_they_were_drawn():

@@ -21,9 +21,9 @@ EXPERIMENTS = declared("EXPERIMENTS")
 DIGITS = "condgen.experiments.digits.plain_digits"
 
 
-def counting(monkeypatch, name="test/count", **options):
+def counting(monkeypatch, name="test/count", change=(), **options):
     """An experiment that takes no time; the seeds that it was run
-    for, probes left out.
+    for, probes left out. `change`: fields of the experiment.
     """
     seen = []
 
@@ -32,7 +32,8 @@ def counting(monkeypatch, name="test/count", **options):
             seen.append(lab.seed)
         return [row("Glow", "bpd", 1.0 + lab.seed, n=3)]
 
-    experiment = Experiment(name, "", run, ("glow-digits",), DIGITS, **options)
+    experiment = replace(Experiment(name, "", run, ("glow-digits",), DIGITS, **options),
+                         **dict(change))
     known = {**declared("EXPERIMENTS"), name: experiment}
     recipes_known = declared("RECIPES")
     lists = {"EXPERIMENTS": known, "RECIPES": recipes_known}

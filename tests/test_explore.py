@@ -370,7 +370,7 @@ def test_images_that_cannot_be_edited_are_refused() -> None:
     model = Edits((1, 2, 2), [Binary("lit")])
     bright = torch.full((1, 1, 2, 2), 2.0)
     for bad, words in ((torch.rand(3, 2, 2), "accepted"),
-                       (torch.rand(0, 1, 2, 2), "n=0"), (bright, "in .0, 1.")):
+                       (torch.rand(0, 1, 2, 2), "an empty batch"), (bright, "in .0, 1.")):
         with pytest.raises(ValueError, match=words):
             explore(model, bad)
     with pytest.raises(TypeError, match="Toy cannot be explored; accepted: "

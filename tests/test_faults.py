@@ -114,7 +114,7 @@ def test_second_training_in_a_locked_folder_is_refused(whole, tmp_path):
     os.kill(number, signal.SIGSTOP)  # it is still there when the second one comes
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     code, said = condgen(tmp_path, *TRAIN, "--budget", "0s")
-    assert (code == 2 and "condgen: another process trains in run; accepted" in said
+    assert (code == 2 and "error: another process trains in run; accepted" in said
             and "Traceback" not in said)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
     os.kill(number, signal.SIGCONT)
@@ -213,7 +213,7 @@ def test_samples_of_a_stopped_training_come_with_a_warning(whole, tmp_path):
     condgen(tmp_path, *TRAIN, "--budget", "0s")
     sample = ["sample", "run", "-n", "1", "-o", "a.png"]
     code, said = condgen(tmp_path, *sample)
-    assert (code == 0 and "condgen: run: not trained to its end: it stopped after 64 "
+    assert (code == 0 and "warning: run: not trained to its end: it stopped after 64 "
             "images in stage 'flow' (1 of 1); the same fit or train command" in said)
     assert condgen(tmp_path, *TRAIN)[0] == 0
     code, said = condgen(tmp_path, *sample)
@@ -229,7 +229,7 @@ def test_full_disk_stops_training_without_data_loss(whole, tmp_path, limit):
     condgen(tmp_path, *TRAIN, "--budget", "0s")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
     code, said = condgen(tmp_path, *SAVING, limit=limit)
-    assert (code == 2 and "condgen: cannot write" in said and "File too large" in said
+    assert (code == 2 and "error: cannot write" in said and "File too large" in said
             and "Traceback" not in said)
     assert ({p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
             == before)
@@ -240,7 +240,7 @@ def test_full_disk_stops_training_without_data_loss(whole, tmp_path, limit):
 @forks
 def test_full_disk_at_first_write_leaves_no_files(tmp_path):
     code, said = condgen(tmp_path, *TRAIN, limit=1)
-    assert code == 2 and "condgen: cannot write run/card.json" in said
+    assert code == 2 and "error: cannot write run/card.json" in said
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
 
 
@@ -252,7 +252,7 @@ def test_a_card_without_a_field_is_named_to_the_user(tmp_path, field):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
                                 if k != field}))
     code, said = condgen(tmp_path, *TRAIN)
-    assert (code == 2 and f"condgen: run/card.json: no field '{field}'; accepted"
+    assert (code == 2 and f"error: run/card.json: no field '{field}'; accepted"
             in said and "Traceback" not in said)
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from condgen import figures as fg
+from condgen import files
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,23 @@ def test_saved_image_is_the_sheet(tmp_path):
             (x[0, :, 0, 0] * 255).round().int().tolist())
     with pytest.raises(ValueError, match=r"a\.txt.*accepted: \.png"):
         fg.save_image(x, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: fg.save_image(images(4), path),
+    lambda path: fg.save_figure(fg.image_grid(images(4)), path),
+    lambda path: fg.write_report(path, "title", [])])
+def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, write):
+    old = tmp_path / "a.png"
+    old.write_bytes(b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*a.png: No space left on device"):
+        write(old)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
 
 
 def test_report(tmp_path):

@@ -19,6 +19,8 @@ STAND_IN = {  # data sets that are neither embedded nor small: shape at tier ful
     "celeba": ((3, 64, 64), [Classes("identity", 201),
                              *(Binary(f"attribute{k}") for k in range(9))]),
     "lfw": ((3, 64, 64), [Classes("identity", 35)]),
+    "printed": ((3, 64, 64), [Classes("identity", 200),
+                              *(Binary(f"attribute{k}") for k in range(6))]),
     "utkface": ((3, 128, 128), [Classes("age", 10)]),
 }
 

@@ -4,6 +4,7 @@ and nothing of one machine.
 
 import ast
 import filecmp
+import importlib
 import io
 import json
 import keyword
@@ -32,7 +33,7 @@ AT_HOME = {"explore": {"ipywidgets", "anywidget"}, "game_explorer": {"ipywidgets
 MATHEMATICS = ("bijections", "blocks", "bounds", "divergences", "games", "instability",
                "reversible")
 TORCH_ONLY = {**dict.fromkeys(MATHEMATICS, {"torch", "numpy"}),
-              "conditions": {"torch", "numpy"}, "contracts": {"torch"},
+              "checks": {"torch"}, "conditions": {"torch", "numpy"}, "contracts": {"torch"},
               "drawing": {"torch"}, "faces": {"torch", "numpy"}, "files": {"torch"},
               "metrics": {"torch"}, "peers": {"torch"}, "trainer": {"torch"},
               "training": {"torch"}}
@@ -100,6 +101,33 @@ def test_modules_import_heavy_dependencies_lazily(path: Path) -> None:
     if path.stem in TORCH_ONLY:
         assert ({t for t in tops if t not in sys.stdlib_module_names}
                 - {"condgen"} <= TORCH_ONLY[path.stem])
+
+
+@pytest.mark.parametrize("path", MODULES,
+                         ids=[str(p.relative_to(ROOT)) for p in MODULES])
+def test_names_imported_inside_functions_exist(path: Path) -> None:
+    package = ".".join(("condgen", *path.relative_to(ROOT / "condgen").parts[:-1]))
+    found = [(importlib.import_module("." * node.level + node.module, package), name)
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.ImportFrom) and node.module
+             and (node.level or node.module.split(".")[0] == "condgen")
+             for name in node.names]
+    assert [f"{module.__name__}.{name.name}" for module, name in found
+            if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.parametrize("path", MODULES,
+                         ids=[str(p.relative_to(ROOT)) for p in MODULES])
+def test_files_are_written_by_one_writer(path: Path) -> None:
+    """Pictures go to a stream in memory, and from there to `condgen.files`."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    streams = {"stream", "small", "raw"}
+    bad = [ast.unparse(call) for call in calls
+           if call.func.attr == "write_bytes" or call.func.attr in ("savefig", "save")
+           and call.args and ast.unparse(call.func.value) not in ("safetensors.torch",)
+           and ast.unparse(call.args[0]) not in streams]
+    assert bad == []
 
 
 def test_code_is_clean() -> None:

@@ -115,7 +115,7 @@ REFUSED = [
      r"images of shape \(2, 1, 16, 16\); accepted"),
     (lambda: infer_latents(flow(), 9 * IMAGES), r"accepted: finite floats in \[0, 1\]"),
     (lambda: infer_latents(flow(), IMAGES[:0]),
-     "number of images=0; accepted: an integer, 1 or more"),
+     "an empty batch; accepted: 1 or more"),
     (lambda: sample_conditional_latents(flow(), 0, digit=1),
      "n=0; accepted: an integer, 1 or more"),
     (lambda: sample_conditional_latents(flow(), 2, temperature=-1.0, digit=1),

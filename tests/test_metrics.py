@@ -510,7 +510,7 @@ def test_folders_and_deeply_nested_json_are_not_results(tmp_path, monkeypatch):
 
 
 class Shapes:
-    """Sixteen-pixel pictures, bright on the left or on the right, with a number and
+    """Sixteen-pixel pictures, bright on the left or on the right, with a length and
     a property beside the class.
     """
 
@@ -525,7 +525,7 @@ class Shapes:
         x = torch.zeros(60, 1, 4, 4)
         x[side == 0, :, :, :2], x[side == 1, :, :, 2:] = 0.9, 0.9
         x += 0.1 * torch.rand(60, 1, 4, 4, generator=g)
-        values = {"number": torch.rand(60, generator=g), "side": side, "right": side}
+        values = {"length": torch.rand(60, generator=g), "side": side, "right": side}
         return {"x": x, "c": self.conditions.pack(
             60, **{n: values[n] for n in self.conditions.names})}
 
@@ -541,8 +541,8 @@ class Shapes:
 
 
 @pytest.mark.parametrize("known",
-                         [[Real("number", 0, 1), Classes("side", 2)], [Binary("right")],
-                          [Binary("right"), Real("number", 0, 1)]])
+                         [[Real("length", 0, 1), Classes("side", 2)], [Binary("right")],
+                          [Binary("right"), Real("length", 0, 1)]])
 def test_evaluator_columns_match_the_evaluated_condition(known):
     """A model that obeys scores 1, one that does the opposite 0, wherever the
     condition stands in the schema.
@@ -579,6 +579,6 @@ def test_evaluator_columns_match_the_evaluated_condition(known):
         assert ev.evaluate(Obeys((1, 4, 4), known, turn), Reader(), data,
                            n=60)["accuracy"] == share
     blind = Reader()
-    blind.conditions = Schema([Real("number", 0, 1)])
+    blind.conditions = Schema([Real("length", 0, 1)])
     with pytest.raises(ValueError, match=f"unknown condition '{name}'"):
         ev.evaluate(Obeys((1, 4, 4), known), blind, data, n=60)

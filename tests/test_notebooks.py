@@ -3,11 +3,13 @@ and none is changed by it.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from configparser import ConfigParser
+from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,33 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in p.parts)
 FLAGS = "slow gpu"
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-passed, seconds = test_nb(Path(sys.argv[1]).resolve(), skip_flags=sys.argv[2].split(), basepath=sys.argv[3])
-sys.exit(not passed)
-"""
+PRELOADED = ["torch", "matplotlib.pyplot", "nbdev.test", "scipy.stats", "ipywidgets"]
 
 
 ELSEWHERE = ("foundations", "library", "reproduction")  # test_notebooks_library.py
 MODELS = [p for p in NOTEBOOKS if p.parent.name not in ELSEWHERE]
+
+
+def execute(path: Path, folder: Path, log: Path) -> None:
+    """Runs a notebook in `folder`; what it prints goes to `log`. For a new process."""
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ["IPYTHONDIR"] = str(folder / ".ipython")
+    from nbdev.test import test_nb
+
+    passed, _ = test_nb(path, skip_flags=FLAGS.split(), basepath=ROOT)
+    sys.stdout.flush()
+    os._exit(not passed)
+
+
+@cache
+def server() -> BaseContext:
+    """Starts processes that have imported the large packages already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def run_notebook(path: Path, tmp_path: Path) -> None:
@@ -39,12 +57,13 @@ def run_notebook(path: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "settings.ini", tmp_path)
     if (ROOT / "data").is_dir():
         shutil.copytree(ROOT / "data", tmp_path / "data")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(copy), FLAGS, str(ROOT)],
-        cwd=tmp_path, env={**os.environ, "IPYTHONDIR": str(tmp_path / ".ipython")},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
+    log = tmp_path / "printed.txt"
+    process = server().Process(target=execute, args=(copy, tmp_path, log))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0, log.read_text("utf-8", "replace")[-6000:]
 
 
 @pytest.mark.parametrize("path", MODELS,

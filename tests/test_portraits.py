@@ -3,6 +3,7 @@ experiments on few images.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,10 +30,11 @@ from condgen.models.caglow import CAGlow
 from condgen.models.cglow import CGlow
 from condgen.models.classifier import Evaluator, FaceEvaluator
 from condgen.models.glow import Glow
-from condgen.results import row
+from condgen.results import read_results, result_path, row
 
 SET = {"size": 16, "n": 240, "identities": 6}
 MODULES = (tables, portrait_edits, portrait_latents)
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 EXPERIMENTS = {e.name: e for module in MODULES for e in module.EXPERIMENTS}
 
 
@@ -235,6 +237,35 @@ def test_every_claim_names_an_experiment(claim):
     equal = [row(model, claim.metric, 1.0, variant, claim.at)
              for model, variant in (claim.better, claim.worse)]
     assert check_ordering(equal, *claim[1:])[0] == 0
+
+
+def stored_table3():
+    return read_results(result_path("caglow/table3", "cpu", RESULTS))["rows"]
+
+
+def test_table3_is_read_from_last_step_to_this_step():
+    """As the paper's text says; three orderings at each of four counts."""
+    claims = [c for c in paper_claims() if c.experiment == "caglow/table3"]
+    assert {c.at["reading"] for c in claims} == {"step"} and len(claims) == 12
+    assert {(c.better[0], c.worse[0]) for c in claims} == {
+        ("CAGlow", "CGlow"), ("CAGlow", "Glow+store"), ("Glow+store", "CGlow")}
+    rows = [r for r in stored_table3() if r["metric"] == "interference"]
+    printed = {(r["model"], r["variant"], r["at"]["count"]): r["paper"] for r in rows
+               if r["at"]["reading"] == "step" and r["paper"] is not None}
+    assert printed == {(*key, k + 1): value for key, values in
+                       portrait_edits.PAPER_INTERFERENCE.items()
+                       for k, value in enumerate(values)}
+    assert all(r["paper"] is None for r in rows if r["at"]["reading"] != "step")
+
+
+def test_drawn_results_interfere_least_from_step_to_step():
+    """Only a reading in which correct edits score best can rank editors."""
+    rows = [r for r in stored_table3()
+            if r["metric"] == "interference" and r["at"]["reading"] == "step"]
+    for k in (1, 2, 3, 4):
+        values = {(r["model"], r["variant"]): r["value"] for r in rows
+                  if r["at"]["count"] == k}
+        assert min(values, key=values.get) == ("drawn", "")
 
 
 def test_rows_by_point_gives_a_line_for_each_value():

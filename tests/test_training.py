@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1062,3 +1063,89 @@ def test_one_player_update_works_without_a_trainer():
     values = step_player(player(model, "a"), batch, model, make_accelerator("no"), 40)
     assert (set(values) == {"a.loss", "a.norm"}
             and all(p.grad is None for p in model.parameters()))
+
+
+# Threads
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """A list whose last item is the number of threads, 4; PyTorch's own stays 1."""
+    found = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: found[-1])
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("condgen.threads.MIN_ROUNDS_FOR_TRIAL", 1)
+    return found
+
+
+def trial_of(monkeypatch, *chosen):
+    """Let trials play seven rounds and choose these numbers of threads in turn."""
+    queue = [*chosen]
+
+    def fastest(step, most):
+        assert most == 4
+        for _ in range(7):
+            step()
+        return queue.pop(0)
+
+    monkeypatch.setattr("condgen.threads.fastest_threads", fastest)
+
+
+def test_measuring_threads_changes_no_bit(straight, ends, tmp_path, monkeypatch,
+                                          threads):
+    trial_of(monkeypatch, 3)
+    check(straight, fit(two(), Points(), tmp_path / "run", progress=False), ends,
+          tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "card.json").read_text())["threads"] == 3
+    assert threads[-1] == 4
+
+
+def test_a_resumed_run_keeps_its_threads(straight, ends, tmp_path, monkeypatch,
+                                         threads):
+    trial_of(monkeypatch, 2)  # a second trial would find nothing
+    played, real = [], StageRunner.round
+
+    def counting(self):
+        played.append(threads[-1])
+        return real(self)
+
+    monkeypatch.setattr(StageRunner, "round", counting)
+    while not (run := fit(two(), Points(), tmp_path, budget=0,
+                          progress=False)).finished:
+        assert threads[-1] == 4
+    assert played == [4] * 7 + [2] * 11
+    check(straight, run, ends, tmp_path)
+
+
+@pytest.mark.parametrize(("begun", "fixed", "used"), [
+    (2, False, 2), (2, True, 4), (9, False, 4), (4, True, 4), (4, False, 4)])
+def test_other_threads_than_at_the_beginning_are_told(tmp_path, monkeypatch, threads,
+                                                      begun, fixed, used):
+    trial_of(monkeypatch, 1)
+    fit(two(), Points(), tmp_path, budget=0, progress=False)
+    card = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps(card | {"threads": begun}))
+    if fixed:
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(two(), Points(), tmp_path, budget=0, progress=False)
+    told = [str(w.message) for w in said if "thread" in str(w.message)]
+    assert json.loads((tmp_path / "card.json").read_text())["threads"] == used
+    assert len(told) == (used != begun)
+    assert all(f"began with {begun} thread(s) and goes on with {used}" in text
+               and f"OMP_NUM_THREADS={begun}" in text for text in told)
+
+
+@pytest.mark.parametrize("case", ["fixed", "short", "one"])
+def test_threads_are_not_measured_without_need(tmp_path, monkeypatch, threads, case):
+    trial_of(monkeypatch)
+    if case == "fixed":
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    if case == "short":
+        monkeypatch.setattr("condgen.threads.MIN_ROUNDS_FOR_TRIAL", 7)
+    if case == "one":
+        threads.append(1)
+    fit(two(), Points(), tmp_path, budget=0, progress=False)
+    assert json.loads((tmp_path / "card.json").read_text())["threads"] == threads[-1]

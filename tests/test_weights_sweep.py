@@ -1,4 +1,4 @@
-"""Sweep over the adversarial weight: edges in closed form, metrics, rows and claims."""
+"""Sweep over the adversarial weight: edges in closed form, metrics, rows and ranges."""
 
 import math
 from types import SimpleNamespace
@@ -140,7 +140,7 @@ def test_zero_residual_gives_equal_rows_for_both_models():
     assert two["G alone", "frechet"] == two["picture", "frechet"]
 
 
-# Rows and claims
+# Rows and ranges
 
 
 class UntrainedModels:
@@ -217,16 +217,16 @@ def invented(own, other=lambda i: 10 + 7.5 * i, weights=ws.ADVERSARIAL_WEIGHTS):
     return [row(model, metric, [f(i) - 1, f(i) + 1], variant, {"weight": w})
             for i, w in enumerate(weights)
             for model, f in (("coupled", other), ("decoupled", own))
-            for metric, variant in sorted(set(ws.CLAIMS.values()))]
+            for metric, variant in sorted(set(ws.COMPARED_METRICS.values()))]
 
 
-def test_ranges_are_of_means_over_the_weights_of_the_slides():
+def test_ranges_are_of_means_over_weights_to_a_tenth():
     rows = invented(lambda i: {0: 3.0, 5: -50.0}.get(i, 5.0))
     # weight 1 does not count
     assert ws.metric_range(rows, "decoupled", "frechet", "picture") == 2
     assert ws.metric_range(rows, "coupled", "frechet", "picture") == 30
     own = "decoupled", "frechet", "picture"
-    assert ws.metric_range(rows, *own, ws.CLAIMED_WEIGHTS[1:]) == 0
+    assert ws.metric_range(rows, *own, ws.RANGE_WEIGHTS[1:]) == 0
     assert ws.metric_range(rows, *own, ws.ADVERSARIAL_WEIGHTS) == 55
 
 
@@ -234,9 +234,9 @@ def test_ranges_are_of_means_over_the_weights_of_the_slides():
                          [(0.0, True), (9.9, True), (10.1, False), (40.0, False)])
 def test_sensitivity_threshold_is_one_third(step, holds):
     found = ws.weight_sensitivity(invented(lambda i: 10 + step * (i > 0)))
-    assert set(found) == set(ws.CLAIMS)
-    for claim in found.values():
-        assert claim["holds"] == holds and claim["ratio"] == pytest.approx(step / 30)
+    assert set(found) == set(ws.COMPARED_METRICS)
+    for metric in found.values():
+        assert metric["holds"] == holds and metric["ratio"] == pytest.approx(step / 30)
     constant = lambda i: 1.0
     neither = ws.weight_sensitivity(invented(constant, constant))
     assert neither["reconstruction, picture"]["ratio"] == 0

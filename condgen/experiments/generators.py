@@ -32,7 +32,7 @@ GUIDELINES = {
 
 
 def guideline_rows(lab: Lab) -> Rows:
-    """DCGAN with one guideline changed at a time."""
+    """DCGAN with one choice changed at a time."""
     rows, protocol = [], lab.experiment.protocol
     for variant, arguments in GUIDELINES.items():
         run = lab.train("dcgan-short", **arguments)
@@ -135,7 +135,7 @@ EXPERIMENTS = [
              {"DCGAN": "dcgan-digits", "GAN": "gan-digits"},
              DIGITS_PROTOCOL, PLAIN, figures=plot_dcgan),
     Experiment("hybrids/dcgan-guidelines",
-               "DCGAN on digits, one guideline changed at a time", guideline_rows,
+               "DCGAN on digits, one choice changed at a time", guideline_rows,
                ("evaluator-digits", "dcgan-short"), PLAIN, protocol=DIGITS_PROTOCOL),
     measured("hybrids/vae-digits",
              "VAE on 16×16 digits: two likelihoods, with and without conditions",

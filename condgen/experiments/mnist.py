@@ -63,7 +63,7 @@ def measure_mnist(lab: Lab, name: str, model: Model, evaluator: Any,
 
 
 def mnist_table1(lab: Lab) -> Rows:
-    """Table 1 on MNIST: Glow, CGlow, this book's CAGlow and the paper's networks."""
+    """Table 1 on MNIST: Glow, CGlow, CAGlow (ours) and CAGlow (paper, T)."""
     data, glow, cglow = lab.data, lab.train("glow-mnist"), lab.train("cglow-mnist")
     evaluator, rows = cache_features(lab.evaluator("evaluator-mnist")), []
     flows = (("Glow", glow, {}),
@@ -106,7 +106,7 @@ def plot_mnist(lab: Lab, rows: Rows, result: Path) -> None:
     """Save `.samples.png` and `.codes.png` (Figure 6) beside the result."""
     import matplotlib.pyplot as plt
 
-    from condgen.figures import image_sheet, set_style, traversal
+    from condgen.figures import save_figure, set_style, sheet, traversal
 
     set_style()
     data, wanted = lab.data, torch.arange(10).repeat_interleave(8)
@@ -123,10 +123,10 @@ def plot_mnist(lab: Lab, rows: Rows, result: Path) -> None:
         panels.append((f"{name} {variant}, T = {t:g}".replace(" ,", ","), x))
     fig, axes = plt.subplots(1, 4, figsize=(11, 3.8), layout="constrained")
     for ax, (name, x) in zip(axes, panels):
-        ax.imshow(image_sheet(x, rows=10))
+        ax.imshow(sheet(x, rows=10))
         ax.set(title=name, xticks=[], yticks=[])
         ax.grid(False)
-    fig.savefig(result.with_suffix(".samples.png"))
+    save_figure(fig, result.with_suffix(".samples.png"))
     values, caglow = torch.linspace(-1, 1, 7), models["CAGlow", "corrected"]
     strips = [code_traversal(caglow, j, values, 0) for j in range(2)]
     names = [f"u₁ = {values[0]:g}", *[""] * 5, "1", "", f"u₂ = {values[0]:g}",
@@ -134,8 +134,7 @@ def plot_mnist(lab: Lab, rows: Rows, result: Path) -> None:
     between = torch.ones(10, 1, *data.shape)
     fig = traversal(torch.cat([strips[0], between, strips[1]], 1), range(10), names,
                     scale=0.5)
-    fig.savefig(result.with_suffix(".codes.png"))
-    plt.close("all")
+    save_figure(fig, result.with_suffix(".codes.png"))
 
 # %% ../../nbs/caglow/304_mnist.ipynb #f997fcf5
 WHOLE, TRAINING = (f"condgen.experiments.mnist.{name}"

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..conditions import accepted, check_positive_integer
+from ..checks import accepted, check_positive_integer
 from ..games import minimax_discriminator, non_saturating_generator
 from ..instability import ParallelMLPs
 from ..lab import Experiment, Lab, Rows

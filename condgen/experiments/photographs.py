@@ -180,7 +180,7 @@ def photograph_table1(lab: Lab, name: str) -> Rows:
 
 
 def photograph_latents(lab: Lab, name: str) -> Rows:
-    """Figure 1 as numbers: latents of images of known people, at most 15 of each.
+    """Agreement of latents of known people's images, at most 15 of each.
 
     Args:
         lab: trains or loads the models.
@@ -197,7 +197,7 @@ def photograph_latents(lab: Lab, name: str) -> Rows:
 
 
 def photograph_rows(lab: Lab, name: str) -> Rows:
-    """Table 1 and the numbers of Figure 1 for a data set of photographs."""
+    """Table 1 and agreement of latents for a data set of photographs."""
     return photograph_table1(lab, name) + photograph_latents(lab, name)
 
 # %% ../../nbs/caglow/314_photographs.ipynb #e4f0f101
@@ -252,7 +252,7 @@ SIZES = {"tiny": {"n": 120, "temperatures": TEMPERATURES},
          "cpu": {"n": None, "temperatures": TEMPERATURES},
          "full": {"n": None, "temperatures": TEMPERATURES}}
 EXPERIMENTS = [
-    Experiment(f"caglow/{name}", f"Table 1 and Figure 1 as numbers on {title}",
+    Experiment(f"caglow/{name}", f"Table 1 and agreement of latents on {title}",
                partial(photograph_rows, name=name),
                (f"evaluator-{name}", *model_recipes(name).values()),
                f"condgen.experiments.photographs.{name}_people", SIZES)

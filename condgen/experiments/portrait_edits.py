@@ -23,10 +23,10 @@ from ..conditions import Schema
 from ..contracts import Model
 from ..data import IMAGE_ATTRIBUTES, Dataset
 from ..evaluation import Predictions
-from condgen.experiments.portraits import (
-    CONDITIONAL_MODELS, EVALUATED_ATTRIBUTES, FACE_ENCODERS, FACE_MODELS, NO_ATTRIBUTES,
-    PORTRAITS, ModelKey, Numbers, face_samplers, portraits_with_factors, sample_like,
-    temperature_choice_sizes)
+from .portraits import (
+    CONDITIONAL_MODELS, EVALUATED_ATTRIBUTES, FACE_ENCODERS, FACE_MODELS, FACE_TITLES,
+    NO_ATTRIBUTES, PORTRAITS, ModelKey, Numbers, face_samplers, portraits_with_factors,
+    sample_like, temperature_choice_sizes)
 from ..faces import FACTORS, edit_factors, render_bytes
 from ..lab import Experiment, Lab, Rows
 from ..metrics import diversity
@@ -270,7 +270,7 @@ PAPER_INTERFERENCE = {
     ("Glow+store", ""): (0.002245, 0.007213, 0.014352, 0.023767),
     ("CAGlow", "corrected"): (0.000774, 0.002608, 0.005825, 0.009939),
 }
-PAPER_INTERPRETATION = "start, L − 1"
+PAPER_INTERPRETATION = "step"
 
 
 def edit_rows(key: ModelKey, seen: Sequence[Predictions], targets: Sequence[Tensor],
@@ -344,7 +344,7 @@ def single_switches(data: Dataset, factors: Tensor,
 
 
 def attribute_switch_accuracy(lab: Lab) -> Rows:
-    """Figure 4: accuracy and pixel error of a single attribute edit."""
+    """Accuracy and pixel error of single attribute edits, after Figure 4."""
     data, factors = portraits_with_factors(lab.tier)
     evaluator, rows = lab.evaluator("evaluator-faces"), []
     which, before, after = single_switches(data, factors, lab.seed)
@@ -368,7 +368,7 @@ def attribute_switch_accuracy(lab: Lab) -> Rows:
 
 
 def plot_attribute_edits(lab: Lab, rows: Rows, result: Path) -> None:
-    """Figure 4: test images with one attribute switched, drawn and by each editor."""
+    """Test images with one attribute switched, drawn and by each editor."""
     from condgen.figures import save_figure, set_style, traversal
 
     set_style()
@@ -379,11 +379,10 @@ def plot_attribute_edits(lab: Lab, rows: Rows, result: Path) -> None:
     (source, c), (target, new) = (render_portraits(data, state[first])
                                   for state in (before, after))
     shown = {"before": source, "after, drawn": target}
-    names = {"literal": "paper's networks", "corrected": ""}
     for (name, variant), edit in editors(lab).items():
         if variant != "m = 1.6":
-            title = f"{name}, {names.get(variant, variant)}".removesuffix(", ")
-            shown[title] = edit(source, c, new)
+            title = f"{name}, {variant}".removesuffix(", ")
+            shown[FACE_TITLES.get((name, variant), title)] = edit(source, c, new)
     known = FACTORS.unpack(after[first])
     signs = [f"{'+' if known[name][j] > 0 else '−'} {name}"
              for j, name in enumerate(EVALUATED_ATTRIBUTES)]
@@ -443,7 +442,8 @@ EXPERIMENTS = [
                                       full={"each": 30})),
     Experiment("caglow/table3", "Table 3: interference of up to four successive edits",
                edit_interference, EVALUATED_MODELS, PORTRAITS, edit_sizes(40, 400)),
-    Experiment("caglow/fig4", "Figure 4: an attribute of a given face is switched",
+    Experiment("caglow/fig4",
+               "An attribute of a given face is switched, after Figure 4",
                attribute_switch_accuracy, EVALUATED_MODELS, PORTRAITS,
                edit_sizes(20, 100), figures=plot_attribute_edits),
     Experiment("caglow/cost", "Seconds and bytes of an edit", face_costs,

@@ -22,9 +22,9 @@ from ..contracts import Model, evaluation_mode
 from ..data import IMAGE_ATTRIBUTES, Dataset
 from ..evaluation import Predictions, generate, sample_for_conditions
 from .portraits import (
-    CONDITIONAL_MODELS, FACE_ENCODERS, NO_ATTRIBUTES, PORTRAITS, LatentSets, ModelKey,
-    face_samplers, inferred_and_sampled_latents, latent_agreement_rows,
-    portraits_with_factors, temperature_choice_sizes)
+    CONDITIONAL_MODELS, FACE_ENCODERS, FACE_TITLES, NO_ATTRIBUTES, PORTRAITS,
+    LatentSets, ModelKey, face_samplers, inferred_and_sampled_latents,
+    latent_agreement_rows, portraits_with_factors, temperature_choice_sizes)
 from ..faces import FACTORS
 from ..lab import Experiment, Lab, Rows
 from ..metrics import map_batches
@@ -44,12 +44,12 @@ def portrait_latents(lab: Lab) -> dict[ModelKey, LatentSets]:
 
 
 def identity_clusters(lab: Lab) -> Rows:
-    """Figure 1 as numbers: agreement of inferred and sampled latents of people."""
+    """Agreement of inferred and sampled latents of people, after Figure 1."""
     return latent_agreement_rows(portrait_latents(lab))
 
 
 def plot_identity_clusters(lab: Lab, rows: Rows, result: Path) -> None:
-    """Figure 1: inferred and sampled latents, ten people in colour, a map per model."""
+    """Inferred and sampled latents, ten people in colour, a joint map per model."""
     import matplotlib.pyplot as plt
 
     from condgen.figures import save_figure, set_style, tsne
@@ -66,7 +66,7 @@ def plot_identity_clusters(lab: Lab, rows: Rows, result: Path) -> None:
             ax.scatter(*y[~coloured].T, s=3, c="0.85", marker=mark, linewidths=0.5)
             ax.scatter(*y[coloured].T, s=22, c=own.identity[coloured], cmap="tab10",
                        marker=mark, linewidths=1.2, label=word)
-        ax.set(title=f"{name} {variant}".strip(), xticks=[], yticks=[])
+        ax.set(title=FACE_TITLES.get((name, variant), name), xticks=[], yticks=[])
         ax.grid(False)
     axes[0].legend(loc="lower left")
     save_figure(fig, result.with_suffix(".png"))
@@ -76,10 +76,9 @@ FIGURE_PEOPLE = (3, 4, 9, 6)  # people in figures: two women, two men
 
 
 def conditional_models(lab: Lab) -> dict[str, Model]:
-    """CGlow, CAGlow and CAGlow with the paper's networks, by their names in figures."""
-    names = ("CGlow", "CAGlow", "CAGlow, paper's networks")
-    return {name: lab.train(recipe).model
-            for name, recipe in zip(names, CONDITIONAL_MODELS.values(), strict=True)}
+    """CGlow and both CAGlows, by their names in figures."""
+    return {FACE_TITLES.get(key, key[0]): lab.train(recipe).model
+            for key, recipe in CONDITIONAL_MODELS.items()}
 
 
 def sample_with_seed(model: Model, seed: int, temperature: float = 0.7,
@@ -242,10 +241,11 @@ def plot_interpolation(lab: Lab, rows: Rows, result: Path) -> None:
 
     set_style()
     models, pair = conditional_models(lab), torch.tensor(FIGURE_PEOPLE[:2])
+    names = ("CGlow", "CAGlow (ours)")
     grids = [interpolation_grid(models[name], lab.data, pair, "hat", 0.7, 5)
-             for name in ("CGlow", "CAGlow")]
+             for name in names]
     blank = torch.ones(INTERPOLATION_STEPS, 1, *lab.data.shape)
-    columns = ["CGlow", *[""] * INTERPOLATION_STEPS, "CAGlow"]
+    columns = [names[0], *[""] * INTERPOLATION_STEPS, names[1]]
     columns += [""] * (INTERPOLATION_STEPS - 1)
     fig = traversal(torch.cat([grids[0], blank, grids[1]], 1), None, columns, scale=0.5)
     save_figure(fig, result.with_suffix(".png"))
@@ -339,7 +339,8 @@ def plot_face_codes(lab: Lab, rows: Rows, result: Path) -> None:
 EVALUATED_MODELS = ("evaluator-faces", *CONDITIONAL_MODELS.values())
 
 EXPERIMENTS = [
-    Experiment("caglow/fig1", "Figure 1: inferred and sampled latents of 200 people",
+    Experiment("caglow/fig1",
+               "Inferred against sampled latents of 200 people, after Figure 1",
                identity_clusters, tuple(CONDITIONAL_MODELS.values()), PORTRAITS,
                {"tiny": {"people": 20, "images": 15},
                 "cpu": {"people": None, "images": 15},
@@ -350,7 +351,8 @@ EXPERIMENTS = [
                temperature_choice_sizes(tiny={"each": 1}, cpu={"each": 2},
                                         full={"each": 2}),
                figures=plot_single_attributes),
-    Experiment("caglow/fig5", "Figure 5: between two people, without and with a hat",
+    Experiment("caglow/fig5",
+               "Between two people, without and with a hat, after Figure 5",
                interpolation_probabilities, EVALUATED_MODELS, PORTRAITS,
                {"tiny": {"pairs": 2}, "cpu": {"pairs": 12}, "full": {"pairs": 12}},
                figures=plot_interpolation),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'LEVELS', 'BATCH', 'SAMPLES', 'TIMED_MODELS', 'MEMORY_MODELS', 'TIERS', 'our_glow', 'build', 'default_device',
            'under_autocast', 'noise_images', 'train_step', 'seconds_of', 'time_models', 'coupling_networks_seconds',
-           'peak_memory', 'process_memory', 'measure_memory', 'gradient_errors', 'benchmark', 'is_installed',
-           'values_at', 'speed_ratio', 'comparisons']
+           'peak_memory', 'process_memory', 'measure_memory', 'neighbour_rows', 'gradient_errors', 'benchmark',
+           'is_installed', 'values_at', 'speed_ratio', 'comparisons']
 
 # %% ../../nbs/flows/202_memory_and_speed.ipynb #b88d0413
 import ctypes
@@ -122,9 +122,10 @@ MEMORY_MODELS = ([("condgen", mode) for mode in list(MODES)[1:]]
                  + [(p, "as published") for p in PEERS])
 TIERS: dict[str, dict[str, Any]] = {
     "tiny": {"rounds": 2, "steps": 2, "sides": (), "side": 16, "depth": 1,
-             "widths": (16,), "depths": (), "width": 16},
+             "widths": (16,), "depths": (), "width": 16, "recipes": ()},
     "cpu": {"rounds": 9, "steps": 150, "sides": (16, 64), "side": 32, "depth": 10,
-            "widths": (512, 64), "depths": (4, 8, 16, 32), "usual": 16, "width": 512},
+            "widths": (512, 64), "depths": (4, 8, 16, 32), "usual": 16, "width": 512,
+            "recipes": ("glow-digits", "cgan-digits", "evaluator-digits")},
 }
 
 
@@ -278,6 +279,35 @@ def measure_memory(points: Iterable[tuple[int, int]], width: int, at_once: bool,
     return rows
 
 
+def neighbour_rows(recipes: Iterable[str],
+                   report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rows `step_seconds` of trainings by `fit`, idle and beside two busy processes.
+
+    Each is the mean of 400 rounds in a fresh process, with the number of threads that
+    `fit` chooses.
+    """
+    rows = []
+    for recipe in recipes:
+        code = ("from condgen.recipes import find, prepare; "
+                f"t = prepare(find({recipe!r}), 'cpu', 0); "
+                "n = 400 * t.model.stages()[0].batch; "
+                "print(t.run(None, images=n, progress=False).seconds / 400)")
+        for number, variant in ((0, "idle"), (2, "beside two busy processes")):
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    for _ in range(number)]
+            try:
+                done = subprocess.run([sys.executable, "-W", "ignore", "-c", code],
+                                      capture_output=True, text=True, check=True)
+            finally:
+                for process in busy:
+                    process.kill()
+                    process.wait()
+            seconds = float(done.stdout.split()[-1])
+            rows.append(row(recipe, "step_seconds", seconds, variant, rounds=400))
+            report(f"{recipe}, {variant}: {1_000 * seconds:.1f} ms a round")
+    return rows
+
+
 def gradient_errors(depth: int, width: int, steps: int,
                     kick: float) -> list[dict[str, Any]]:
     """Rows `gradient_error`: relative error of the whole gradient against float64.
@@ -371,6 +401,7 @@ def benchmark(tier: str = "cpu", out: str | Path | None = None,
     rows += measure_memory(points, size["width"], True, report)
     rows += measure_memory([(size["usual"], size["side"])] if points else [],
                            size["width"], False, report)
+    rows += neighbour_rows(size["recipes"], report)
     path = out or (None if tier == "tiny"
                    else f"data/results/benchmark-glow.{device}.json")
     config = {"size": json.loads(json.dumps(size)), "levels": LEVELS, "batch": BATCH,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditions import check_positive_integer
+from ..checks import check_latents, stack_images
+from ..conditions import points_on_line
 from ..contracts import GeneratorModel
 
 # %% ../../nbs/autoencoders/400_autoencoder.ipynb #b7d2c1a1
@@ -40,7 +41,7 @@ class AutoencoderModel(GeneratorModel):
         Raises:
             ValueError: as `check_images`.
         """
-        return self.codes_of(self.check_images(x))
+        return self.codes_of(self.check_images(x)).contiguous()
 
     @torch.no_grad()
     def decode(self, z: Tensor, **conditions: Any) -> Tensor:
@@ -51,15 +52,10 @@ class AutoencoderModel(GeneratorModel):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: codes of another shape or not finite; a condition that is
+            ValueError: no codes, or of another shape or not finite; a condition that is
                 missing, unknown or not accepted.
         """
-        fits = isinstance(z, Tensor) and z.dim() == 2 and z.shape[1] == self.latent_size
-        if not fits or not bool(torch.isfinite(z).all()):
-            given = (f"of shape {tuple(z.shape)}" if isinstance(z, Tensor)
-                     else f"given as {type(z).__name__}")
-            raise ValueError(f"codes {given}; accepted: "
-                             f"a tensor (n, {self.latent_size}) of finite numbers")
+        check_latents(z, self.latent_size, "codes")
         c = self.conditions.pack(len(z), **conditions).to(self.rows)
         return self.generate(c, z.to(self.rows))
 
@@ -67,7 +63,8 @@ class AutoencoderModel(GeneratorModel):
         """Images from their codes, with a value for every condition of the model."""
         return self.decode(self.encode(x), **conditions)
 
-    def interpolate(self, a: Tensor, b: Tensor, n: int, **conditions: Any) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, /, n: int,
+                    **conditions: Any) -> Tensor:
         """n images on the straight line between the codes of two images.
 
         Args:
@@ -79,12 +76,5 @@ class AutoencoderModel(GeneratorModel):
         Raises:
             ValueError: no such images, no such n, or as `decode`.
         """
-        for x in (a, b):
-            if not isinstance(x, Tensor) or tuple(x.shape) != self.shape:
-                given = (f"of shape {tuple(x.shape)}" if isinstance(x, Tensor)
-                         else f"given as {type(x).__name__}")
-                raise ValueError(f"an image {given}; accepted: a tensor {self.shape}")
-        z = self.encode(torch.stack([a, b]))
-        t = torch.linspace(0, 1, check_positive_integer(n, "n"), dtype=z.dtype,
-                           device=z.device)
-        return self.decode((1 - t[:, None]) * z[0] + t[:, None] * z[1], **conditions)
+        z = self.encode(stack_images(a, b, self.shape))
+        return self.decode(points_on_line(*z, n), **conditions)

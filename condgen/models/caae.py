@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import n_doublings, downsampling_network, layer, upsampling_network
-from ..conditions import (
-    Binary, Classes, Condition, Schema, accepted, check_nonnegative,
-    check_positive_integer)
+from ..checks import (
+    accepted, check_loss_weights, check_nonnegative, check_positive_integer)
+from ..conditions import Binary, Classes, Condition, Schema
 from ..contracts import (Batch, Player, Stage, Terms, adam_player,
                                decay_in_second_half)
 from .autoencoder import AutoencoderModel
@@ -204,15 +204,8 @@ class CAAE(ConditionalAutoencoder):
         super().__init__(shape, conditions, code, width)
         if not isinstance(form, str) or form not in FORM_WEIGHTS:
             raise ValueError(f"form={form!r}; {accepted(FORM_WEIGHTS, form)}")
-        if not isinstance(weights, dict | None):
-            raise ValueError(f"weights={weights!r}; accepted: "
-                             "a number by name of a loss, such as {'E': 0.1}")
-        self.weights, self.lr = {**FORM_WEIGHTS[form], **(weights or {})}, lr
-        for name in self.weights.keys() - FORM_WEIGHTS[form].keys():
-            raise ValueError(f"weight of loss {name!r}; "
-                             f"{accepted(FORM_WEIGHTS[form], name)}")
-        check_nonnegative(**{f"weight of {k}": v for k, v in self.weights.items()},
-                          lr=lr)
+        check_nonnegative(lr=lr)
+        self.weights, self.lr = check_loss_weights(weights, FORM_WEIGHTS[form]), lr
         used, idle = self.weights["E"] > 0, form == "literal"
         self.image_discriminator = ImageDiscriminator(
             self.shape, self.conditions.width, width) if self.weights["G"] else None

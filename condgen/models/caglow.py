@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditions import Condition, accepted, check_temperature
+from ..checks import (
+    accepted, check_loss_weights, check_sizes, check_switches, check_temperature)
+from ..conditions import Condition
 from ..contracts import Batch, Model, Noise, Player, Stage, Terms
 from .caglow_networks import (
     Encoder, PaperEncoder, SupervisionBlock, discriminator_loss, encoder_loss,
@@ -170,7 +172,7 @@ class CAGlow(AdversarialLatentModel):
 
     Raises:
         ValueError: an unknown option or loss (the message has the nearest), no
-            conditions, or as `Glow`.
+            conditions, a number out of range, or as `Glow`.
 
     References:
         Liu et al. 2019 (CAGlow), §3.
@@ -202,12 +204,10 @@ class CAGlow(AdversarialLatentModel):
             if value not in valid:
                 raise ValueError(f"{name}={value!r}; {accepted(valid, value)}")
         self.matching, self.form, self.pretrained = matching, form, pretrained
-        self.weights = {"E": 1.0, "D": 1.0, "C": 3.0, "De": 1.0, "FM": 10.0}
-        for name, value in (weights or {}).items():
-            if name not in self.weights:
-                raise ValueError(f"weight of loss {name!r}; "
-                                 f"{accepted(self.weights, name)}")
-            self.weights[name] = value
+        check_sizes(hidden=hidden, noise=noise)
+        check_switches(pretrained=pretrained)
+        self.weights = check_loss_weights(
+            weights, {"E": 1.0, "D": 1.0, "C": 3.0, "De": 1.0, "FM": 10.0})
         self.glow = Glow(shape, levels, depth, width, coupling, lr, reversible, bf16)
         shapes = (self.glow.flow.shapes if latent == "all"
                   else self.glow.flow.shapes[-1:])

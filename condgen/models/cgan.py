@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import downsampling_network, upsampling_network
-from ..conditions import (
-    Condition, accepted, check_nonnegative, check_positive_integer)
+from ..checks import accepted, check_nonnegative, check_positive_integer
+from ..conditions import Condition
 from ..contracts import (
     CONDITION_SCALE, Batch, GeneratorModel, Player, Stage, Terms, adam_player,
     decay_in_second_half)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bijections import bits_per_dim
+from ..checks import check_nonnegative
 from ..conditions import Condition
 from ..contracts import Batch, Terms
 from .glow import Glow
@@ -35,7 +36,8 @@ class CGlow(Glow):
         reversible, bf16: as for `Glow`.
 
     Raises:
-        ValueError: no conditions, or unsupervised codes among them; and as `Glow`.
+        ValueError: no conditions, or unsupervised codes among them; a number out of
+            range; and as `Glow`.
 
     References:
         Liu et al. 2019 (CAGlow), §4, "CGlow"; openai/glow, `model.py`, `ycond` and
@@ -57,6 +59,7 @@ class CGlow(Glow):
         if not self.conditions or self.conditions.codes:
             raise ValueError(f"CGlow with conditions {self.conditions.names}; "
                              "accepted: one or more supervised conditions, no codes")
+        check_nonnegative(class_weight=class_weight)
         self.class_weight = class_weight
         self.classifier = nn.Linear(self.flow.shapes[-1][0], self.conditions.width)
         nn.init.zeros_(self.classifier.weight)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_nonnegative, check_sizes
 from ..conditions import Condition
 from ..contracts import Batch, Model, Player, Stage, Terms
 
@@ -83,6 +84,9 @@ class Evaluator(Model):
         width: channels of the small network's first layer.
         lr: peak learning rate of Adam.
 
+    Raises:
+        ValueError: another shape, or a number out of range.
+
     Example:
         >>> from condgen.conditions import Classes
         >>> Evaluator((1, 16, 16),
@@ -93,6 +97,8 @@ class Evaluator(Model):
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition],
                  width: int = 32, lr: float = 4e-3):
         super().__init__(shape, conditions)
+        check_sizes(width=width)
+        check_nonnegative(lr=lr)
         self.lr = lr
         big = min(self.shape[1:]) >= 32
         self.trunk = GoogLeNetFeatures() if big else small_cnn(self.shape[0], width, 64)
@@ -157,8 +163,8 @@ class GuideClassifier(Evaluator):
 
     Example:
         >>> from condgen.conditions import Classes
-        >>> Reader((1, 32, 32),
-        ...        [Classes("digit", 10)]).logits(torch.rand(2, 1, 32, 32)).shape
+        >>> GuideClassifier((1, 32, 32), [Classes("digit", 10)]).logits(
+        ...     torch.rand(2, 1, 32, 32)).shape
         torch.Size([2, 10])
     """
 

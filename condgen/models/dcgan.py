@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..blocks import check_sizes, n_doublings
-from ..conditions import accepted
+from ..blocks import n_doublings
+from ..checks import accepted, check_below_one, check_sizes
 from .gan import GAN
 
 # %% ../../nbs/autoencoders/403_dcgan.ipynb #4a030012
@@ -133,11 +133,7 @@ class DCGAN(GAN):
                                    ("batches", batches, BATCHES)):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; {accepted(known, value)}")
-        for name, value in (("beta1", beta1), ("slope", slope)):
-            if (isinstance(value, bool) or not isinstance(value, float | int)
-                    or not 0 <= value < 1):
-                raise ValueError(f"{name}={value!r}; accepted: "
-                                 "a number from 0 to below 1")
+        check_below_one(beta1=beta1, slope=slope)
         # for networks()
         self.batch_norm, self.batches, self.slope = batch_norm, batches, slope
         super().__init__(shape, noise, width, game, lr)

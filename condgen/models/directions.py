@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..conditions import accepted, check_positive_integer
+from ..checks import accepted, check_positive_integer
 from .caglow import CAGlow
 from .caglow_networks import Encoder
 from .glow import Glow
@@ -77,7 +77,7 @@ def interference(before: Tensor, after: Tensor, meant: Tensor) -> tuple[Tensor, 
 
 # %% ../../nbs/caglow/307_editing.ipynb #e44b0435
 def interference_variants(p: Tensor, order: Tensor) -> dict[str, Tensor]:
-    """Mean interference after each edit, by interpretation of Table 3.
+    """Mean interference after each edit, by reading of Table 3.
 
     Args:
         p: attribute probabilities `(steps + 1, n, L)`: of the images before any edit,
@@ -85,10 +85,11 @@ def interference_variants(p: Tensor, order: Tensor) -> dict[str, Tensor]:
         order: `(n, steps)`, which attribute each step was meant to change.
 
     Returns:
-        Interpretation → `(steps,)`. `"start, L − 1"`: from the first image, the last
-        attribute left out, so that earlier edits count as interference; `"start"`: all
-        attributes changed so far left out; `"step"`: from the image before. Those with
-        `", absolute"` are means of |Δp|; the others take the absolute value last.
+        Reading → `(steps,)`. `"step"`: from the image before, as the paper's text says;
+        `"start, L − 1"`: from the first image, the last attribute left out, so that
+        earlier edits count as interference; `"start"`: all attributes changed so far
+        left out. Those with `", absolute"` are means of |Δp|; the others take the
+        absolute value last.
 
     Raises:
         ValueError: shapes that do not fit, or as many steps as attributes.
@@ -138,8 +139,8 @@ def mean_difference_directions(z: Tensor, a: Tensor) -> Tensor:
         ValueError: as `check_attributes`.
 
     References:
-        Liu et al. 2019, §4, "Glow + pre-stored attributes", after the demonstration of
-        Glow (Kingma & Dhariwal 2018).
+        Liu et al. 2019, §4, stores "a mean feature for each specific attribute"; the
+        difference is that of the demonstration of Glow (Kingma & Dhariwal 2018).
     """
     latents, a = check_attributes(z, a)
     means = [(side.T @ latents) / side.sum(0)[:, None] for side in (a, 1 - a)]

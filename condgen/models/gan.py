@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import downsampling_network, upsampling_network
-from ..conditions import (
-    Condition, accepted, check_nonnegative, check_positive_integer)
+from ..checks import (
+    accepted, check_loss_weights, check_nonnegative, check_positive_integer)
+from ..conditions import Condition
 from ..contracts import (
     CONDITION_SCALE, Batch, GeneratorModel, Player, Stage, Terms, adam_player,
     decay_in_second_half)
@@ -82,15 +83,16 @@ class AdversarialLosses(AdversarialModel):
     lr: float
     betas = (0.5, 0.999)
 
-    def set_loss_weights(self, weights: dict[str, float], lr: float) -> None:
-        """Set the loss weights and the learning rate.
+    def set_loss_weights(self, weights: dict[str, float] | None, lr: float) -> None:
+        """Set the loss weights, 1 where nothing is given, and the learning rate.
 
         Raises:
-            ValueError: one of them is negative or not a finite number.
+            ValueError: an unknown loss (the message has the nearest), or a number that
+                is negative or not finite.
         """
-        check_nonnegative(
-            **{f"weight of {name}": value for name, value in weights.items()}, lr=lr)
-        self.weights, self.lr = weights, lr
+        check_nonnegative(lr=lr)
+        self.weights = check_loss_weights(weights, {"G": 1.0, "C": 1.0, "De": 1.0})
+        self.lr = lr
 
     def generate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Generated images and their conditions: those of the batch, fresh codes."""
@@ -172,7 +174,7 @@ class GAN(AdversarialLosses):
     def __init__(self, shape: tuple[int, int, int], noise: int = 64, width: int = 16,
                  game: str = "non_saturating", lr: float = 2e-3):
         super().__init__(shape, (), noise, width, game)
-        self.set_loss_weights({"G": 1.0, "C": 0.0, "De": 0.0}, lr)
+        self.set_loss_weights({"C": 0.0, "De": 0.0}, lr)
 
 
 class ACGAN(AdversarialLosses):
@@ -209,12 +211,4 @@ class ACGAN(AdversarialLosses):
         if not self.conditions:
             raise ValueError("ACGAN without conditions; accepted: "
                              "one or more conditions or codes, or a GAN")
-        if not isinstance(weights, dict | None):
-            raise ValueError(f"weights={weights!r}; accepted: "
-                             "a number by name of a loss, such as {'C': 2.0}")
-        found = {"G": 1.0, "C": 1.0, "De": 1.0}
-        for name, value in (weights or {}).items():
-            if name not in found:
-                raise ValueError(f"weight of loss {name!r}; {accepted(found, name)}")
-            found[name] = value
-        self.set_loss_weights(found, lr)
+        self.set_loss_weights(weights, lr)

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..bijections import (MultiScale, Squeeze, ConditionalStandardize,
                                 bits_per_dim, dequantize, initialize_from_data,
                                 quantize, standard_normal_log_prob)
-from ..conditions import Condition, check_temperature
+from ..checks import (
+    check_generator, check_latents, check_nonnegative, check_sizes, check_switches,
+    check_temperature, stack_images)
+from ..conditions import Condition, points_on_line
 from ..contracts import Batch, Model, Player, Stage, Terms
 from .coupling import GlowStep, ZeroConv
 from ..reversible import ReversibleChain, bf16_is_faster
@@ -53,15 +56,14 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int,
             `condgen.reversible.MAX_ACTIVATION_BYTES` bytes.
 
     Raises:
-        ValueError: sides that are not divisible by 2**levels, or a size below 1.
+        ValueError: sides that are not divisible by 2**levels, or a size that is not an
+            integer of at least 1.
 
     References:
         Kingma & Dhariwal 2018 (Glow), figure 2b.
     """
     c, h, w = shape
-    for name, value in (("levels", levels), ("depth", depth), ("width", width)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; accepted: 1 or more")
+    check_sizes(levels=levels, depth=depth, width=width)
     unit = 2**min(levels, 63)  # no side is divisible by more
     if h % unit or w % unit:
         raise ValueError(f"images of {h}×{w} for {levels} levels; accepted: "
@@ -73,6 +75,8 @@ def glow_flow(shape: tuple[int, int, int], levels: int, depth: int, width: int,
         # hidden values, patches and what is as small as the input
         kept += depth * h * w * (2 * width + 9 * c)
         steps = [GlowStep(c, width, coupling) for _ in range(depth)]
+        for step in steps:
+            step.channels_last = True
         if i < levels - 1:
             steps.append(SplitPrior(ZeroConv(c // 2, 2 * (c - c // 2))))
             c //= 2
@@ -135,8 +139,8 @@ class Glow(Model):
         top: how many columns of the latent belong to the coarsest level.
 
     Raises:
-        ValueError: a shape that the levels do not divide, a size below 1, or an unknown
-            coupling.
+        ValueError: a shape that the levels do not divide, an unknown coupling, or a
+            number out of range.
 
     References:
         Kingma & Dhariwal 2018 (Glow), §3; openai/glow, `model.py`.
@@ -159,6 +163,8 @@ class Glow(Model):
         What `__init__` of this class and of its extensions have in common.
         """
         Model.__init__(self, shape, conditions)
+        check_nonnegative(lr=lr)
+        check_switches((True, False, None), reversible=reversible, bf16=bf16)
         self.flow = glow_flow(self.shape, levels, depth, width, coupling, reversible)
         self.width, self.bf16 = width, bf16
         self.dims, self.top, self.lr = (math.prod(self.shape),
@@ -226,8 +232,8 @@ class Glow(Model):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: images of another shape, outside [0, 1] or not finite; unknown
-                or missing conditions.
+            ValueError: no images, or of another shape, outside [0, 1] or not finite;
+                unknown or missing conditions.
         """
         x = self.check_images(x).to(self.prior_bias.dtype)
         c = self.conditions.pack(len(x), **conditions).to(x)
@@ -242,15 +248,10 @@ class Glow(Model):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: a latent of another shape or not finite; unknown or missing
-                conditions.
+            ValueError: no latents, or of another shape or not finite; unknown or
+                missing conditions.
         """
-        if z.dim() != 2 or z.shape[1] != self.dims:
-            raise ValueError(f"latent of shape {tuple(z.shape)}; accepted: "
-                             f"(n, {self.dims})")
-        if not bool(torch.isfinite(z).all()):
-            raise ValueError(f"latent with {int((~torch.isfinite(z)).sum())} values "
-                             "that are not finite; accepted: finite")
+        check_latents(z, self.dims)
         c = self.conditions.pack(len(z), **conditions)
         with self.full_precision():
             return self.decode_packed(z.to(self.device, self.prior_bias.dtype),
@@ -264,7 +265,7 @@ class Glow(Model):
         mean, log_std = self.prior(c)
         v = self.flow.inverse(
             torch.cat([mean + z[:, : self.top] * log_std.exp(), z[:, self.top :]], 1))
-        return quantize(replace_nonfinite(v, "the inverse flow"))
+        return quantize(replace_nonfinite(v, "the inverse flow")).contiguous()
 
     def log_prob(self, x: Tensor, generator: torch.Generator | None = None,
                  **conditions: Any) -> Tensor:
@@ -279,8 +280,9 @@ class Glow(Model):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: as `encode`, or a generator that is none.
         """
+        check_generator(generator)
         x = self.check_images(x).to(self.prior_bias.dtype)
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
         c = self.conditions.pack(len(x), **conditions).to(x)
@@ -312,14 +314,18 @@ class Glow(Model):
             return self.decode_packed(z.to(self.device), c.to(self.device))
 
     @torch.no_grad()
-    def interpolate(self, a: Tensor, b: Tensor, n: int, **conditions: Any) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, /, n: int,
+                    **conditions: Any) -> Tensor:
         """Decode n points on the line between the latents of images `a` and `b`.
 
         `a` and `b` are `(c, h, w)`; the result is `(n, c, h, w)`.
+
+        Raises:
+            ValueError: no such images, an n that is not an integer of at least 1; and
+                as `encode`.
         """
-        z = self.encode(torch.stack([a, b]), **conditions)
-        t = torch.linspace(0, 1, n, dtype=z.dtype, device=z.device)[:, None]
-        return self.decode((1 - t) * z[0] + t * z[1], **conditions)
+        z = self.encode(stack_images(a, b, self.shape), **conditions)
+        return self.decode(points_on_line(*z, n), **conditions)
 
     def dequantized(self, batch: Batch) -> Tensor:
         """The images of a batch with uniform noise, `(n, c, h, w)` in [−½, ½)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditions import accepted
+from ..checks import accepted
 from ..contracts import Batch, Player, Stage, Terms
 from .caglow import CAGlow
 from .caglow_networks import discriminator_loss

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..bijections import dequantize
-from ..conditions import (
-    Binary, Classes, Schema, check_positive_integer, check_temperature)
+from ..checks import check_positive_integer, check_temperature
+from ..conditions import Binary, Classes, Schema
 from ..contracts import Model
 from .glow import Glow
 
@@ -94,7 +94,6 @@ def infer_latents(model: Model, x: Tensor, seed: int | torch.Generator = 0,
     """
     flow = flow_of(model)
     x = flow.check_images(x)
-    check_positive_integer(len(x), "number of images")
     v = dequantize(x, torch.rand(x.shape, generator=generator_of(seed)).to(x))
     return torch.cat([standardize_by_marginal(flow, flow.flow(part)[0], rows)
                       for part in v.split(512)])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..blocks import downsampling_network, upsampling_network
 from ..bounds import bernoulli_log_prob
-from ..conditions import (
-    Condition, accepted, check_nonnegative, check_positive_integer)
+from ..checks import (
+    accepted, check_generator, check_nonnegative, check_positive_integer, check_sizes)
+from ..conditions import Condition
 from ..contracts import (CONDITION_SCALE, Batch, Player, Stage, Terms,
                                adam_player, decay_in_second_half)
 from .autoencoder import AutoencoderModel
@@ -32,7 +33,7 @@ def reparametrize(mean: Tensor, log_std: Tensor, eps: Tensor) -> Tensor:
         eps: standard normal noise, `(n, k)`.
 
     References:
-        Kingma & Welling 2014, §2.4 and Eq. 9.
+        Kingma & Welling 2014, §2.4 and §3.
     """
     return mean + log_std.exp() * eps
 
@@ -71,6 +72,7 @@ class VariationalModel(AutoencoderModel):
             raise ValueError(f"codes {self.conditions.codes.names}; accepted: "
                              "supervised conditions, or none")
         self.latent_size = check_positive_integer(latent, "latent")
+        check_sizes(width=width)
         trunk, features = downsampling_network(self.shape, 2 * width, "batch")
         self.encoder = nn.Sequential(trunk, nn.Linear(features, 2 * latent))
         inputs = latent + self.conditions.width
@@ -115,7 +117,8 @@ class VAE(VariationalModel):
 
     Args:
         shape: `(channels, side, side)` of an image; side 8, 16, 32, …
-        conditions: supervised ones, which only the decoder receives; may be empty.
+        conditions: supervised ones, which only the decoder receives, not the encoder;
+            may be empty.
         latent: numbers in a code.
         width: channels of the decoder's last map; the encoder begins with twice as
             many.
@@ -129,7 +132,8 @@ class VAE(VariationalModel):
             codes, another shape, or a number out of range.
 
     References:
-        Kingma & Welling 2014; with conditions: Sohn et al. 2015.
+        Kingma & Welling 2014; conditions as in Sohn et al. 2015, whose recognition
+            network receives them too.
 
     Example:
         >>> model = VAE((1, 16, 16))
@@ -168,8 +172,9 @@ class VAE(VariationalModel):
              generator: torch.Generator | None = None, **conditions: Any) -> Tensor:
         """Lower bound of log p(x | conditions) in nats, `(n,)`.
 
-        Of a density on [0, 1]^d for the Gaussian likelihood; the Bernoulli likelihood
-        of intensities between 0 and 1 belongs to no distribution of images.
+        For the Gaussian likelihood of a density on ℝ^d, of intensities scaled to
+        [0, 1]; the Bernoulli likelihood of intensities between 0 and 1 belongs to no
+        distribution of images.
 
         Args:
             x: images `(n, c, s, s)` in [0, 1].
@@ -178,8 +183,10 @@ class VAE(VariationalModel):
             **conditions: a value for every condition of the model.
 
         Raises:
-            ValueError: no such images, or a condition that is missing or not accepted.
+            ValueError: no such images, a condition that is missing or not accepted, or
+                samples or a generator that are none.
         """
+        check_generator(generator)
         x, size = self.check_images(x), (len(x), self.latent_size)
         c = self.conditions.pack(len(x), **conditions).to(x)
         draws = (torch.randn(size, generator=generator, dtype=x.dtype).to(x)

@@ -1,0 +1,88 @@
+"""Laws of the drawn people with correlated attributes, and of the edits on them."""
+
+import pytest
+import torch
+
+from condgen.experiments.printed import (
+    ATTRIBUTES, EXPERIMENTS, add_at_random, add_attribute, attributes_of, drawn_people,
+    pairs_of_sets, printed_people, without_attributes)
+from condgen.faces import FACTORS
+from condgen.lab import Lab
+from condgen.metrics import scatter_ratio
+
+
+@pytest.fixture(scope="module")
+def factors():
+    return drawn_people(100, 10_000)
+
+
+def test_attributes_depend_as_in_the_text(factors):
+    a = dict(zip(ATTRIBUTES, attributes_of(factors).unbind(1)))
+    man, young = FACTORS.unpack(factors)["masculine"] > 0, a["young"] > 0
+    assert bool((a["no_beard"][~man] == 1).all())
+    share = lambda name, rows: a[name][rows].mean().item()
+    assert share("makeup", ~man & young) > 0.7 > 0.5 > share("makeup", ~man & ~young)
+    assert share("long_hair", ~man) > 0.6 and share("long_hair", man) < 0.1
+    assert share("blond", a["long_hair"] > 0) > share("blond", a["long_hair"] == 0) + 0.2
+
+
+def test_labels_are_those_of_the_factors():
+    data = printed_people("tiny")
+    known = data.conditions.unpack(data.labels)
+    expected = attributes_of(drawn_people(20, 600))
+    assert torch.equal(torch.stack([known[name] for name in ATTRIBUTES], 1), expected)
+    assert torch.equal(known["identity"], torch.arange(600) % 20)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_added_attribute_changes_no_other(name, factors):
+    before = attributes_of(factors)
+    after = attributes_of(add_attribute(factors, name))
+    k = ATTRIBUTES.index(name)
+    assert bool((after[:, k] == 1).all())
+    others = [j for j in range(len(ATTRIBUTES)) if j != k]
+    assert torch.equal(after[:, others], before[:, others])
+
+
+def test_four_absent_attributes_are_added_in_turn(factors):
+    start = without_attributes(factors[:300])
+    order, states = add_at_random(start, 4, torch.Generator().manual_seed(0))
+    a = torch.stack([attributes_of(one) for one in states])
+    for k in range(4):
+        changed = a[k + 1] - a[k]
+        expected = torch.zeros_like(changed).scatter(1, order[:, k : k + 1], 1.0)
+        assert torch.equal(changed, expected)
+
+
+def test_both_sets_have_equally_many_of_each_person():
+    data = printed_people("tiny")
+    index = pairs_of_sets(data, 2)
+    who = data.conditions.unpack(data.labels[index])["identity"]
+    assert len(index.unique()) == len(index) and torch.equal(*who.chunk(2))
+    assert not set(index.tolist()) & set(data.indices("train").tolist())
+
+
+def test_scatter_ratio_is_that_of_known_variances():
+    g, who = torch.Generator().manual_seed(0), torch.arange(4_000) % 400
+    x = 2 * torch.randn(400, 3, generator=g)[who] + torch.randn(4_000, 3, generator=g)
+    assert scatter_ratio(x, who) == pytest.approx(4, rel=0.1)
+    assert scatter_ratio(7 * x + 1, who) == pytest.approx(scatter_ratio(x, who))
+    for labels in (torch.zeros(4_000), torch.arange(4_000)):
+        with pytest.raises(ValueError, match="accepted: two classes"):
+            scatter_ratio(x, labels)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_rows_are_distinct_and_figures_are_drawn(experiment, runs, tmp_path):
+    lab = Lab(experiment, "tiny", 0, runs, progress=False, rounds=3)
+    rows = experiment.run(lab)
+    keys = {(r["model"], r["variant"], r["metric"], *r["at"].items()) for r in rows}
+    assert len(keys) == len(rows)
+    if experiment.figures:
+        experiment.figures(lab, rows, tmp_path / "r.json")
+        assert (tmp_path / "r.png").stat().st_size > 5_000
