@@ -1946,6 +1946,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                            'condgen/states.py'),
                                 'condgen.states.optimizer_misfits': ('library/states.html#optimizer_misfits', 'condgen/states.py'),
                                 'condgen.states.optimizer_tensors': ('library/states.html#optimizer_tensors', 'condgen/states.py'),
+                                'condgen.states.played_images': ('library/states.html#played_images', 'condgen/states.py'),
                                 'condgen.states.state_misfits': ('library/states.html#state_misfits', 'condgen/states.py')},
             'condgen.threads': { 'condgen.threads.begun_threads': ('library/threads.html#begun_threads', 'condgen/threads.py'),
                                  'condgen.threads.choose_threads': ('library/threads.html#choose_threads', 'condgen/threads.py'),

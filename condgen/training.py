@@ -33,7 +33,7 @@ from condgen.files import (
     write_json)
 from .runs import (Run, load_state, load_tensors, read_weights, save, save_state,
                           saved_states, state_file, versions)
-from .states import state_misfits
+from .states import played_images, state_misfits
 from .threads import (
     begun_threads, choose_threads, resumed_threads, use_threads)
 from .trainer import Data, Trainer, training_context
@@ -281,9 +281,11 @@ def load_finished_run(model: Model, stages: list[Stage], folder: Path,
         tensors, _ = read_weights(folder)
     except (DamagedFile, FileNotFoundError):
         return None
-    if card["stage"] not in range(len(stages)):
-        raise DamagedFile(f"{folder / 'card.json'}: 'stage' is {card['stage']}; "
-                          f"accepted: 0 to {len(stages) - 1}")
+    for name, (least, most) in {"stage": (0, len(stages) - 1),
+                                "images": played_images(stages)}.items():
+        if not least <= card[name] <= most:
+            raise DamagedFile(f"{folder / 'card.json'}: {name!r} is {card[name]}; "
+                              f"accepted: {least} to {most}")
     build_stages(model, stages, card["stage"] + 1)
     load_tensors(model, tensors, folder / "model.safetensors")
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []

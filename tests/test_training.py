@@ -763,6 +763,7 @@ def test_a_card_without_a_field_is_refused_by_its_name(tmp_path, field, finished
     ({"finished": "yes"}, "'finished' is \"yes\"; accepted: true or false"),
     ({"stage": None}, "'stage' is null; accepted: an integer, -1 or more"),
     ({"stage": 2}, "'stage' is 2; accepted: 0 to 1"),
+    ({"images": 80}, "'images' is 80; accepted: 88 to 88"),
     ({"stage": True}, "'stage' is true; accepted: an integer, -1 or more"),
     ({"class": 3}, "'class' is 3; accepted: text"),
     ({"arguments": []}, "'arguments' is []; accepted: an object"),
