@@ -22,7 +22,7 @@ demo: $(READY)  ## train CAGlow on handwritten digits and measure it (about thre
 	$(BIN)/python -m condgen reproduce caglow/digits --tier $(TIER) --jobs 2 --runs runs/demo --results runs/demo/metrics.json
 
 test: $(READY)  ## run all tests, every notebook included
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 book: $(READY)  ## build the book into _build/html
 	$(BIN)/python -m book.build

@@ -13,8 +13,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 
 # files that take longest; they start first, so that no worker waits for the other's
-LONGEST = ("test_notebooks.py", "test_notebooks_library.py", "test_probes_faces.py",
-           "test_probes_digits.py", "test_full.py", "test_lab.py")
+LONGEST = ("test_notebooks.py", "test_recipes.py", "test_probes_faces.py",
+           "test_full.py", "test_notebooks_library.py", "test_processes.py",
+           "test_probes_digits.py", "test_cli.py", "test_faults.py", "test_lab.py",
+           "test_clusters.py", "test_photographs.py", "test_plain.py", "test_mnist.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +29,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository's root."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def few_digits():
+    """Digits of 32 pixels with 10 test and 6 validation images of each."""
+    from dataclasses import replace
+
+    from condgen.data import digits
+
+    data = digits(32)
+    digit = data.conditions.unpack(data.labels)["digit"]
+    splits = dict(data.splits)
+    for name, number in {"test": 10, "val": 6}.items():
+        index = data.splits[name]
+        splits[name] = index[[i for k in range(10)
+                              for i in (digit[index] == k).nonzero()[:number, 0]]]
+    return replace(data, splits=splits)
 
 
 def probes_of(kind: str) -> list[str]:

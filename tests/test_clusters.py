@@ -284,11 +284,10 @@ def test_first_images_of_each_digit_are_in_order():
 
 
 @pytest.mark.slow
-def test_figure_1_experiment_runs_on_digits(monkeypatch, tmp_path):
-    data = digits(32, copies=2)
+def test_figure_1_experiment_runs_on_digits(monkeypatch, tmp_path, few_digits):
     for name in ("whole_mnist", "mnist_for_training"):
         monkeypatch.setattr(f"condgen.experiments.mnist.{name}",
-                            lambda tier="tiny": data)
+                            lambda tier="tiny": few_digits)
     experiment = find_experiment("caglow/fig1-mnist")
     lab = Lab(experiment, "tiny", 0, tmp_path / "runs", progress=False, rounds=2)
     rows = experiment.run(lab)

@@ -44,7 +44,7 @@ def different():
     """
     found = {}
     for name, plan in RECIPES.items():
-        kind = ("photo" if any(word in name for word in ("faces", "celeba", "lfw"))
+        kind = ("photo" if any(word in name for word in ("faces", "celeba", "lfw", "printed"))
                 else name)
         facts = plan.config("full")
         found.setdefault(

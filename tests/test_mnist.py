@@ -2,12 +2,13 @@
 experiment on few images.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from condgen.conditions import Classes, Code, Schema
-from condgen.data import digits
 from condgen.evaluation import cache_features
 from condgen.experiments import mnist as table1
 from condgen.experiments.digits import code_correlations, moments
@@ -91,14 +92,15 @@ def test_cached_evaluator_is_equal_and_evaluated_once():
 
 
 @pytest.mark.slow
-def test_mnist_experiment_runs(monkeypatch, tmp_path):
+def test_mnist_experiment_runs(monkeypatch, tmp_path, few_digits):
     """On digits in place of MNIST, two rounds of each training: every number is there,
     and the flow is shared by seeds.
     """
-    data = digits(32)
     for name in ("whole_mnist", "mnist_for_training"):
-        monkeypatch.setattr(table1, name, lambda tier="cpu": data)
+        monkeypatch.setattr(table1, name, lambda tier="cpu": few_digits)
     experiment = find_experiment("caglow/table1-mnist")
+    protocol = replace(experiment.protocol, n={"tiny": 100}, validation={"tiny": 60})
+    experiment = replace(experiment, protocol=protocol)
     lab = Lab(experiment, "tiny", 0, tmp_path, progress=False, rounds=2)
     rows = table1.mnist_table1(lab)
     found = {(r["model"], r["variant"], r["metric"], *r["at"].values()): r
