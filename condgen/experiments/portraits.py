@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ModelKey', 'PORTRAIT_OPTIONS', 'NO_ATTRIBUTES', 'EVALUATED_ATTRIBUTES', 'FACE_ENCODERS', 'CONDITIONAL_MODELS',
            'FACE_MODELS', 'PAPER_FACES', 'Numbers', 'PORTRAITS', 'FACES', 'FACES_ORIGIN', 'FLOW_SIZE', 'FLOW_IMAGES',
-           'CAGLOW_IMAGES', 'LITERAL_IMAGES', 'PAPER_RULES', 'RECIPES', 'TEMPERATURES', 'TEMPERATURE_CHOICE_SIZES',
-           'EXPERIMENTS', 'portraits_of', 'faces_for_training', 'portraits_with_factors', 'predictions_at',
-           'sample_like', 'choose_temperature_for', 'FaceSampler', 'choose_samplers', 'face_samplers', 'reference_rows',
-           'table1_rows', 'face_numbers', 'predict_test_portraits', 'faces_table1', 'shipped_faces_table1',
-           'LatentSets', 'inferred_and_sampled_latents', 'latent_agreement_rows', 'PaperClaim', 'paper_claims',
-           'check_ordering', 'rows_by_point', 'ordering_table', 'encoder_recipe', 'temperature_choice_sizes']
+           'CAGLOW_IMAGES', 'LITERAL_IMAGES', 'RANGE_IMAGES', 'PAPER_RULES', 'RECIPES', 'TEMPERATURES',
+           'TEMPERATURE_CHOICE_SIZES', 'EXPERIMENTS', 'portraits_of', 'faces_for_training', 'portraits_with_factors',
+           'predictions_at', 'sample_like', 'choose_temperature_for', 'FaceSampler', 'choose_samplers', 'face_samplers',
+           'reference_rows', 'table1_rows', 'face_numbers', 'predict_test_portraits', 'faces_table1',
+           'shipped_faces_table1', 'LatentSets', 'inferred_and_sampled_latents', 'latent_agreement_rows', 'PaperClaim',
+           'paper_claims', 'check_ordering', 'rows_by_point', 'ordering_table', 'encoder_recipe',
+           'temperature_choice_sizes']
 
 # %% ../../nbs/caglow/311_portraits.ipynb #90fd8946
 import statistics
@@ -436,6 +437,8 @@ LITERAL_IMAGES = CAGLOW_IMAGES | {
     "cpu": {"flow": 160_000, "adversarial": 240_000},
     "full": {"flow": 5_000_000, "adversarial": 3_000_000},
 }
+RANGE_IMAGES = {tier: CAGLOW_IMAGES[tier] | {"range": images} for tier, images in
+                {"tiny": 1_280, "cpu": 19_200, "full": 500_000}.items()}
 PAPER_RULES = {"matching": "pair", "weights": {"C": 1.0, "FM": 1.0}}
 
 
@@ -467,7 +470,11 @@ RECIPES = [
                    "caglow_faces.CAGlowFaces", LITERAL_IMAGES, **PAPER_RULES),
     encoder_recipe("caglow-faces-top",
                    "CAGlow on drawn portraits that generates the top latent only",
-                   origin=FACES_ORIGIN, latent="top"),
+                   latent="top"),
+    encoder_recipe("caglow-faces-range",
+                   "CAGlow on drawn portraits, top latent only, flow tuned on samples",
+                   "caglow_range.RangeCAGlow", RANGE_IMAGES, FACES_ORIGIN,
+                   latent="top"),
 ]
 
 TEMPERATURES = (0.7, 0.85, 1.0)
