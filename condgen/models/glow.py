@@ -215,6 +215,18 @@ class Glow(Model):
         return (torch.cat([(top - mean) * (-log_std).exp(), raw[:, self.top :]], 1),
                 ladj - log_std.sum(1), top)
 
+    def unwhiten(self, z: Tensor, c: Tensor) -> Tensor:
+        """The latent `(n, D)` before whitening of latents `z (n, D)`.
+
+        `flow.inverse` maps it to dequantised images.
+
+        Args:
+            z: latents as `whiten` gives them.
+            c: packed conditions `(n, width)`.
+        """
+        mean, log_std = self.prior(c)
+        return torch.cat([mean + z[:, : self.top] * log_std.exp(), z[:, self.top :]], 1)
+
     def log_density(self, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """log p(v | c) in nats, `(n,)`, of dequantised images, and their top latent.
 
@@ -262,9 +274,7 @@ class Glow(Model):
 
         Computed in the precision of the context.
         """
-        mean, log_std = self.prior(c)
-        v = self.flow.inverse(
-            torch.cat([mean + z[:, : self.top] * log_std.exp(), z[:, self.top :]], 1))
+        v = self.flow.inverse(self.unwhiten(z, c))
         return quantize(replace_nonfinite(v, "the inverse flow")).contiguous()
 
     def log_prob(self, x: Tensor, generator: torch.Generator | None = None,
