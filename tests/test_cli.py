@@ -25,11 +25,10 @@ def condgen(*arguments, cwd, check=True):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a trained evaluator and a conditional model, made
+    """A folder with a conditional model whose training was stopped, made
     by the command line.
     """
     where = tmp_path_factory.mktemp("cli")
-    condgen("train", "evaluator-digits", *TINY, cwd=where)
     condgen("train", "caglow-digits", *TINY, "--budget", "1s", cwd=where)
     picture = io.BytesIO()
     Image.new("L", (16, 16)).save(picture, "PNG")
@@ -175,11 +174,13 @@ def test_mistakes_are_explained_and_write_nothing(folder, arguments, message,
     assert sorted(folder.rglob("*")) == before
 
 
-def test_damaged_weights_are_named_and_a_pickle_is_not_read(folder, tmp_path,
-                                                            monkeypatch, capsys):
+def test_damaged_weights_are_named_and_a_pickle_is_not_read(tmp_path, monkeypatch,
+                                                            capsys):
     import shutil
 
-    run = shutil.copytree(folder / "runs" / "evaluator-digits",
+    from condgen.runs import pretrained_models
+
+    run = shutil.copytree(pretrained_models()["evaluator-digits"],
                           tmp_path / "runs" / "evaluator")
     weights = run / "model.safetensors"
     raw = weights.read_bytes()
