@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOUND', 'RANGE_WEIGHT', 'REACH', 'DECODED', 'excess', 'inverse_range_loss', 'RangeCAGlow']
 
-# %% ../../nbs/caglow/317_caglow_range.ipynb #861a911d
+# %% ../../nbs/caglow/317_caglow_range.ipynb #ea24aabe
 import torch
 import torch.nn.functional as F
 from torch import Tensor
