@@ -459,6 +459,28 @@ def test_unsafe_names(tmp_path, name, bad):
         data.folder(tmp_path / "f")
 
 
+def test_the_root_of_all_files_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda *a: pytest.fail("it is searched"))
+    (tmp_path / "link").symlink_to("/")
+    for path in ("/", tmp_path / "link"):
+        with pytest.raises(ValueError, match="accepted: a folder of images"):
+            data.load(str(path))
+
+
+def test_files_that_may_not_be_read_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "f").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "f" / name).write_bytes(picture())
+    seen = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **k: seen(path, **k)
+                        if "b.png" not in str(path) else no_entry(path))
+    assert len(data.folder(tmp_path / "f").images) == 1
+
+
+def no_entry(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
 def test_a_member_without_a_name_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
         z.writestr(zipfile.ZipInfo(""), picture())
