@@ -64,8 +64,9 @@ class FolderOrZip:
             if self.path.resolve() == self.path.resolve().parent:
                 raise ValueError(f"{self.path} holds all files of this computer; "
                                  "accepted: a folder of images")
-            self.names = [p.relative_to(self.path).as_posix()
-                          for p in self.path.rglob("*") if os.path.isfile(p)]
+            with os.scandir(self.path):  # one that may not be read is no empty one
+                self.names = [p.relative_to(self.path).as_posix()
+                              for p in self.path.rglob("*") if os.path.isfile(p)]
         elif not self.path.exists():
             raise FileNotFoundError(f"{self.path} does not exist; accepted: "
                                     "a folder or a zip of images")

@@ -477,6 +477,12 @@ def test_files_that_may_not_be_read_are_left_out(tmp_path, monkeypatch):
     assert len(data.folder(tmp_path / "f").images) == 1
 
 
+def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "scandir", no_entry)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        data.folder(tmp_path)
+
+
 def no_entry(path):
     raise PermissionError(13, "Permission denied", str(path))
 
@@ -672,7 +678,8 @@ def test_prepare_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         downloads.prepare("lfw", tmp_path / "none")
     with pytest.raises(ValueError, match="no images"):
-        downloads.prepare("lfw", tmp_path)
+        downloads.prepare("lfw", tmp_path, tmp_path / "new" / "out")
+    assert not [*tmp_path.iterdir()]
     for size in (0, 4097):
         with pytest.raises(ValueError, match=f"size={size}; accepted: "):
             downloads.prepare("lfw", lfw_download(tmp_path / "lfw"), size=size)
