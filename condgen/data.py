@@ -173,6 +173,7 @@ def digits(size: int = 16, copies: int = 0) -> Dataset:
     splits = {s: torch.tensor(sorted(i for c in classes for i in c[part]))
               for s, part in parts.items()}
     if copies:
+        check_positive_integer(copies, "copies")
         again = splits["train"].repeat(copies)
         generator = torch.Generator().manual_seed(seed_of("digits", "jitter"))
         x = torch.cat([x, affine_jitter(

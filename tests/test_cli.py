@@ -321,6 +321,10 @@ def test_evaluators_are_given_by_name_or_folder():
     assert found[0] == found[1] == found[2]
     with pytest.raises(FileNotFoundError, match="did you mean 'evaluator-digits'"):
         cg.evaluate(model, "evaluator-digit", data)
+    for wrong, said in (((model, kinds[0], "digits"), "data given as str; accepted"),
+                        ((kinds[2], kinds[2], data), "model given as Evaluator; acc")):
+        with pytest.raises(ValueError, match=said):
+            cg.evaluate(*wrong)
 
 
 def test_claims_are_found_by_paper_and_by_id(monkeypatch, capsys):

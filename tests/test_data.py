@@ -131,6 +131,7 @@ def test_dataset_refuses(change):
 
 def test_wrong_sizes_and_names():
     for call in (lambda: data.digits(17), lambda: data.mnist(30),
+                 lambda: data.digits(8, -1), lambda: data.digits(8, 1.5),
                  lambda: data.digits(8).table("training")):
         with pytest.raises(ValueError, match="accepted"):
             call()
