@@ -6,8 +6,8 @@
 __all__ = ['INTERRUPTED_EXIT_CODE', 'CLOSED_PIPE_EXIT_CODE', 'CommandError', 'app', 'data_app', 'SECONDS_PER_UNIT', 'Tier',
            'Seed', 'Temperature', 'Budget', 'FAILURE_WAIT_SECONDS', 'Commands', 'error_line', 'parse_duration',
            'parse_path', 'path_option', 'check_condition', 'parse_conditions', 'list_', 'exit_on_interrupt', 'train',
-           'resolve_temperature', 'load_model_with', 'sample', 'evaluate', 'reproduce', 'probe', 'claims', 'benchmark',
-           'data_list', 'data_prepare', 'run', 'main']
+           'resolve_temperature', 'load_model_with', 'sample', 'check_known', 'evaluate', 'reproduce', 'probe',
+           'claims', 'benchmark', 'data_list', 'data_prepare', 'run', 'main']
 
 # %% ../nbs/reproduction/902_command_line.ipynb #e274d26a
 import io
@@ -253,6 +253,15 @@ def sample(context: typer.Context, source: Annotated[str, typer.Argument(
     typer.echo(f"{n} images in {out}")
 
 # %% ../nbs/reproduction/902_command_line.ipynb #75bc2bdc
+def check_known(real: Any, shape: tuple[int, ...], names: set[Any], what: str,
+                known_to: str) -> None:
+    "Refuse data with images of another shape, or without some conditions."
+    if real.shape != shape or not names <= {*real.conditions}:
+        raise ValueError(f"{what} has images {real.shape} labelled with "
+                         f"{list(real.conditions)}; accepted: images {shape} labelled "
+                         f"with {list(names)}, which {known_to} know")
+
+
 @app.command()
 def evaluate(
         source: Annotated[str, typer.Argument(
@@ -263,6 +272,7 @@ def evaluate(
                                               "set, or a zip of images.")] = "digits",
         temperature: Temperature = None, seed: Seed = 0) -> None:
     "Accuracy, diversity, Fréchet distance and bits per dimension of a model."
+    from condgen.data import DATASETS, DRAWN
     from condgen.data import load as load_data
     from condgen.distributed import process_role
     from condgen.evaluation import evaluate
@@ -276,14 +286,12 @@ def evaluate(
         stores = folder not in pretrained_models().values()
         if stores:
             check_place(folder / "metrics.json")
-        real, asked = (load_data(data, model.shape[-1]),
-                       list(model.conditions.supervised))
-        if (real.shape != model.shape
-                or not {*asked, *reader.conditions} <= {*real.conditions}):
-            raise ValueError(f"{data} has images {real.shape} labelled with "
-                             f"{list(real.conditions)}; accepted: images {model.shape} "
-                             f"labelled with {list({*asked, *reader.conditions})},"
-                             f" which {source} and {evaluator} know")
+        needed = (model.shape, {*model.conditions.supervised, *reader.conditions},
+                  data, f"{source} and {evaluator}")
+        if data in DRAWN:  # thousands would be drawn before they are refused
+            check_known(DATASETS[data](model.shape[-1], n=1), *needed)
+        real = load_data(data, model.shape[-1])
+        check_known(real, *needed)
         if len(real.indices("test")) < 2:
             raise ValueError(f"the part test of {data} has {len(real.indices('test'))} "
                              "images; accepted: 2 or more")

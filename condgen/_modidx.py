@@ -285,6 +285,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                     'condgen.conditions.Schema.to_json': ( 'library/conditions.html#schema.to_json',
                                                                            'condgen/conditions.py'),
                                     'condgen.conditions.Schema.unpack': ('library/conditions.html#schema.unpack', 'condgen/conditions.py'),
+                                    'condgen.conditions.Schema.unused_suffix': ( 'library/conditions.html#schema.unused_suffix',
+                                                                                 'condgen/conditions.py'),
                                     'condgen.conditions.Schema.width': ('library/conditions.html#schema.width', 'condgen/conditions.py'),
                                     'condgen.conditions.bernoulli_nll': ('library/conditions.html#bernoulli_nll', 'condgen/conditions.py'),
                                     'condgen.conditions.condition_from_json': ( 'library/conditions.html#condition_from_json',

@@ -263,17 +263,21 @@ def read_claims(path: str | Path | None = None) -> list[Claim]:
 def chosen_claims(*names: str) -> list[Claim]:
     """Claims of a paper, or those with the given ids; all without a name.
 
+    Capitals and small letters are the same in names.
+
     Raises:
         ValueError: neither a paper nor a claim has that name.
     """
     claims = read_claims()
     papers = list(dict.fromkeys(c.paper for c in claims))
-    known = {*papers, *(c.id for c in claims)}
+    known = {text.casefold() for text in (*papers, *(c.id for c in claims))}
     for name in names:
-        if name not in known:
+        if name.casefold() not in known:
             choices = [*papers, f"an id such as {claims[0].id}"]
             raise ValueError(f"claims of {name!r}; {accepted(choices, name)}")
-    return [c for c in claims if not names or {c.paper, c.id} & {*names}]
+    asked = {name.casefold() for name in names}
+    return [c for c in claims
+            if not names or {c.paper.casefold(), c.id.casefold()} & asked]
 
 # %% ../nbs/reproduction/900_claims.ipynb #abe7a182
 def normalize_text(text: str) -> str:

@@ -372,6 +372,12 @@ class Schema(tuple):
         """The unsupervised codes."""
         return Schema(item for item in self if not item.supervised)
 
+    def unused_suffix(self, suffix: str) -> str:
+        """`suffix`, after as many `_` as no name with it needs to be no other name."""
+        while any(f"{name}{suffix}" in self.names for name in self.names):
+            suffix = f"_{suffix}"
+        return suffix
+
     def check(self, names: Iterable[str]) -> None:
         """Raise ValueError for names that are not in the schema."""
         for name in names:

@@ -121,6 +121,7 @@ def prepare(name: str, source: str | Path, out: str | Path | None = None,
         raise ValueError(f"the prepared set would go to {NO_FOLDER}; accepted: out=…")
     target = base / f"{name}{check_image_size(size)}"
     rows: dict[str, dict[str, Any]] = {}
+    new = [p for p in (target, *target.parents) if not p.exists()]
     make_folder(target)
     try:
         with atomic_file(target / f"{target.name}.zip") as made:
@@ -143,7 +144,8 @@ def prepare(name: str, source: str | Path, out: str | Path | None = None,
             writer.writerows(rows.values())
             write_atomically(target / "labels.csv", table.getvalue().encode())
     finally:
-        with suppress(OSError):  # it holds something, unless this run failed
-            target.rmdir()
+        with suppress(OSError):  # they hold something, unless this run failed
+            for place in new or [target]:
+                place.rmdir()
     return target
 

@@ -197,8 +197,15 @@ def evaluate(
 
     Raises:
         ValueError: a condition that the data do not have, a number of samples that is
-            none or does not fit, or an evaluator that cannot read.
+            none or does not fit, an evaluator that cannot read, a model that cannot
+            sample, or no data set.
     """
+    for what, given, verb, such in (
+            ("model", model, "sample", "a model that has sample"),
+            ("data", data, "split_images", "a data set of condgen.data")):
+        if not hasattr(given, verb):
+            raise ValueError(f"{what} given as {type(given).__name__}; "
+                             f"accepted: {such}")
     if condition is not None:
         data.conditions.check([condition])
     if isinstance(evaluator, str | Path):

@@ -55,14 +55,18 @@ class FolderOrZip:
 
     Raises:
         ValueError: a member of the archive is unsafe (`..`, absolute, a link, too
-            large, there twice) or broken.
+            large, there twice) or broken; or the folder is the root of all files.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.zip = Path(path), None
         if self.path.is_dir():
-            self.names = [p.relative_to(self.path).as_posix()
-                          for p in self.path.rglob("*") if p.is_file()]
+            if self.path.resolve() == self.path.resolve().parent:
+                raise ValueError(f"{self.path} holds all files of this computer; "
+                                 "accepted: a folder of images")
+            with os.scandir(self.path):  # one that may not be read is no empty one
+                self.names = [p.relative_to(self.path).as_posix()
+                              for p in self.path.rglob("*") if os.path.isfile(p)]
         elif not self.path.exists():
             raise FileNotFoundError(f"{self.path} does not exist; accepted: "
                                     "a folder or a zip of images")

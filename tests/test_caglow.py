@@ -406,6 +406,14 @@ def test_from_glow_gives_the_result_of_both_stages():
     assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_an_encoder_beyond_memory_is_refused_unbuilt():
+    with torch.device("meta"):
+        for n, latent in ((2, "all"), (40, "top")):
+            CAGlow((3, 64, 64), [Classes("k", n)], latent=latent)
+        with pytest.raises(ValueError, match="10 × 12,288 × 12,288 .*latent='top'"):
+            CAGlow((3, 64, 64), [Classes("k", 10)])
+
+
 def test_from_glow_refuses_other_models():
     with pytest.raises(ValueError, match="the flow is a CGlow; accepted: a Glow"):
         CAGlow.from_glow(CGlow((1, 8, 8), [BAR], **SIZES), [BAR])

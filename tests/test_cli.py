@@ -228,6 +228,19 @@ def test_a_set_without_test_images_is_refused(tmp_path, monkeypatch, capsys):
             in " ".join(said.split()))
 
 
+@pytest.mark.parametrize("name", ["faces", "portraits"])
+def test_faces_that_do_not_fit_are_not_drawn(name, tmp_path, monkeypatch, capsys):
+    from condgen import data
+
+    draw = data.render_bytes
+    monkeypatch.setattr(data, "render_bytes", lambda factors, size: draw(
+        factors, size) if len(factors) == 1 else pytest.fail("thousands are drawn"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, said = called(["evaluate", "cglow-digits", "--evaluator", "evaluator-digits",
+                         "--data", name], monkeypatch, capsys, tmp_path)
+    assert code == 2 and "accepted: images (1, 16, 16)" in said
+
+
 @pytest.mark.parametrize("command", [
     ["sample", "caglow-digits", "-o", "x.jpeg.txt"],
     ["sample", "caglow-digits", "-o", "file/x.png"],
@@ -309,10 +322,15 @@ def test_evaluators_are_given_by_name_or_folder():
     assert found[0] == found[1] == found[2]
     with pytest.raises(FileNotFoundError, match="did you mean 'evaluator-digits'"):
         cg.evaluate(model, "evaluator-digit", data)
+    for wrong, said in (((model, kinds[0], "digits"), "data given as str; accepted"),
+                        ((kinds[2], kinds[2], data), "model given as Evaluator; acc")):
+        with pytest.raises(ValueError, match=said):
+            cg.evaluate(*wrong)
 
 
 def test_claims_are_found_by_paper_and_by_id(monkeypatch, capsys):
     root = Path(__file__).parents[1]
-    assert called(["claims", "CAGLOW-11"], monkeypatch, capsys, root) == (0, "")
+    for name in ("CAGLOW-11", "caglow-11", "CAGLOW"):
+        assert called(["claims", name], monkeypatch, capsys, root) == (0, "")
     code, said = called(["claims", "caglo"], monkeypatch, capsys, root)
     assert code == 2 and "did you mean 'CAGlow'" in said

@@ -131,6 +131,7 @@ def test_dataset_refuses(change):
 
 def test_wrong_sizes_and_names():
     for call in (lambda: data.digits(17), lambda: data.mnist(30),
+                 lambda: data.digits(8, -1), lambda: data.digits(8, 1.5),
                  lambda: data.digits(8).table("training")):
         with pytest.raises(ValueError, match="accepted"):
             call()
@@ -459,6 +460,34 @@ def test_unsafe_names(tmp_path, name, bad):
         data.folder(tmp_path / "f")
 
 
+def test_the_root_of_all_files_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda *a: pytest.fail("it is searched"))
+    (tmp_path / "link").symlink_to("/")
+    for path in ("/", tmp_path / "link"):
+        with pytest.raises(ValueError, match="accepted: a folder of images"):
+            data.load(str(path))
+
+
+def test_files_that_may_not_be_read_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "f").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "f" / name).write_bytes(picture())
+    seen = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **k: seen(path, **k)
+                        if "b.png" not in str(path) else no_entry(path))
+    assert len(data.folder(tmp_path / "f").images) == 1
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "scandir", no_entry)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        data.folder(tmp_path)
+
+
+def no_entry(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
 def test_a_member_without_a_name_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
         z.writestr(zipfile.ZipInfo(""), picture())
@@ -650,7 +679,8 @@ def test_prepare_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         downloads.prepare("lfw", tmp_path / "none")
     with pytest.raises(ValueError, match="no images"):
-        downloads.prepare("lfw", tmp_path)
+        downloads.prepare("lfw", tmp_path, tmp_path / "new" / "out")
+    assert not [*tmp_path.iterdir()]
     for size in (0, 4097):
         with pytest.raises(ValueError, match=f"size={size}; accepted: "):
             downloads.prepare("lfw", lfw_download(tmp_path / "lfw"), size=size)

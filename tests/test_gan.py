@@ -11,6 +11,7 @@ import torch
 from bars import BAR, MANY, Bars, batch_of, places, seeded
 
 from condgen.conditions import Binary, Code, Real
+from condgen.contracts import Batch, Noise
 from condgen.divergences import js, js_from_kls
 from condgen.games import GAMES, optimal_classifier
 from condgen.models.gan import ACGAN, GAN, CONDITION_SCALE
@@ -65,6 +66,15 @@ def test_terms_are_those_of_the_equations():
     assert second["G"][0] == 2.0 and torch.isclose(second["G"][1], hand["G"], atol=1e-6)
     assert (second["C_bar"][0] == 0.3
             and torch.isclose(second["C_bar"][1], hand["generator's C_bar"], atol=1e-6))
+
+
+def test_every_condition_keeps_its_two_losses():
+    model = build([Binary("a"), Binary("a_fake")]).eval()
+    c = model.conditions.pack(8, a=0, a_fake=1)
+    batch = Batch({"x": torch.rand(8, 1, 8, 8, generator=seeded()), "c": c},
+                  Noise(("test",), slice(None), 8))
+    assert {*model.discriminator_loss(batch)} == {
+        "D", "C_a", "C_a_fake", "C_a__fake", "C_a_fake__fake"}
 
 
 def test_default_weights_of_all_loss_terms_are_one():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condgen.conditions import Classes, Schema
+from condgen.conditions import Binary, Classes, Schema
 from condgen.contracts import Batch, Noise
 from condgen.data import digits
 from condgen.models.caglow import CAGlow
@@ -82,6 +82,17 @@ def test_each_training_mode_adds_its_loss_terms(flow):
     assert players == [["supervision"], *[["supervision", "encoder"]] * 2]
     with pytest.raises(ValueError, match="mode='gam'.*did you mean 'game'"):
         few(flow, "gam")
+
+
+def test_every_condition_keeps_its_generated_loss(flow):
+    schema = Schema([Binary("a"), Binary("a_generated")])
+    c = schema.pack(64, a=0, a_generated=1)
+    model = SemiSupervisedCAGlow.from_glow(flow, schema, hidden=8)
+    model.mode = "game and samples"
+    model.labelled = torch.randn(64, flow.dims), c
+    batch = Batch({"z": model.labelled[0]}, Noise((5,), slice(None), 64))
+    assert {*model.supervision_loss(batch)} == {
+        "D", "C_a", "C_a_generated", "C_a__generated", "C_a_generated__generated"}
 
 
 def test_encoder_starts_from_labelled_latents(flow):

@@ -123,7 +123,8 @@ class AdversarialLosses(AdversarialModel):
         real, n = known.nll(answers[: batch.n, :width], c[:, :width]), batch.n
         return {"D": (1.0, self.game.critic(logits[:n], logits[n:])),
                 **{f"C_{name}": (1.0, nll.mean()) for name, nll in real.items()},
-                **self.condition_terms(answers[n:], c, 1.0, 1.0, "_fake")}
+                **self.condition_terms(answers[n:], c, 1.0, 1.0,
+                                       self.conditions.unused_suffix("_fake"))}
 
     def generator_loss(self, batch: Batch) -> Terms:
         """Adversarial loss, and the auxiliary loss of conditions and codes."""

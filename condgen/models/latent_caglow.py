@@ -102,7 +102,8 @@ class SemiSupervisedCAGlow(CAGlowOnLatents):
         terms["D"] = self.weights["D"], discriminator_loss(real, fake, self.form)
         if self.mode == "game and samples":
             generated = self.condition_terms(predicted, predicted[:, :0], c)
-            terms |= {f"{name}_generated": term for name, term in generated.items()}
+            mark = self.conditions.unused_suffix("_generated")
+            terms |= {f"{name}{mark}": term for name, term in generated.items()}
         return terms
 
     def encoder_terms(self, batch: Batch) -> Terms:
