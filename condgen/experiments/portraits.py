@@ -492,7 +492,8 @@ EXPERIMENTS = [
                "Table 1 for faces: identity, attributes, Fréchet distance, diversity",
                faces_table1, ("evaluator-faces", *FACE_MODELS.values(), "guide-faces"),
                PORTRAITS, temperature_choice_sizes()),
-    Experiment("caglow/faces-top", "Table 1 for a CAGlow that generates the top latent only",
+    Experiment("caglow/faces-top",
+               "Table 1 for a CAGlow that generates the top latent only",
                top_faces_table1, ("evaluator-faces", "caglow-faces-top"), PORTRAITS,
                temperature_choice_sizes()),
 ]

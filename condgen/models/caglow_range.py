@@ -43,7 +43,7 @@ def inverse_range_loss(flow: MultiScale, y: Tensor) -> Tensor:
             x = x.clamp(-BOUND, BOUND)
     return loss + excess(x, 0.5)
 
-# %% ../../nbs/caglow/317_caglow_range.ipynb #454022dc
+# %% ../../nbs/caglow/317_caglow_range.ipynb #d3a5a41e
 RANGE_WEIGHT = 10.0  # of the range loss, beside bits per dimension
 REACH = 2.0  # largest multiple of a difference of two latents
 DECODED = 0.5  # probability that an item of a batch is decoded
@@ -71,11 +71,11 @@ class RangeCAGlow(CAGlow):
 
         Latents are those of the flow at this moment, `(n, top)`.
         """
-        x = table["x"]
+        x, glow = table["x"], self.glow
         batches = [Batch({"x": part}, Noise(("range", k), slice(None), len(part)))
                    for k, part in enumerate(x.split(512))]
-        z = torch.cat([self.glow.whiten(v, v.new_zeros(len(v), 0))[0][:, : self.glow.top]
-                       for v in map(self.glow.dequantized, batches)]).cpu()
+        z = torch.cat([glow.whiten(v, v.new_zeros(len(v), 0))[0][:, : glow.top]
+                       for v in map(glow.dequantized, batches)]).cpu()
         g = torch.Generator().manual_seed(0)
         one, other = (torch.randperm(len(x), generator=g) for _ in range(2))
         return {"x": x, "z": z, "d": z[one] - z[other]}
