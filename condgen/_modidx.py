@@ -345,6 +345,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                            'condgen/contracts.py'),
                                    'condgen.contracts.seed_of': ('library/contracts.html#seed_of', 'condgen/contracts.py'),
                                    'condgen.contracts.seeded_shuffle': ('library/contracts.html#seeded_shuffle', 'condgen/contracts.py')},
+            'condgen.controller': {},
             'condgen.data': { 'condgen.data.Dataset': ('library/data.html#dataset', 'condgen/data.py'),
                               'condgen.data.Dataset.__post_init__': ('library/data.html#dataset.__post_init__', 'condgen/data.py'),
                               'condgen.data.Dataset.__repr__': ('library/data.html#dataset.__repr__', 'condgen/data.py'),
