@@ -144,7 +144,7 @@ class LaggedPlant:
 
 def step_response(controller: Controller, plant: LaggedPlant, target: float,
                   steps: int) -> Tensor:
-    """Ratio at each step, `(steps,)`, when a controller at rest is asked for `target`."""
+    """Ratio at each step, `(steps,)`, of a plant at rest that is asked for `target`."""
     found, y = [], 0.0
     for _ in range(check_positive_integer(steps, "steps")):
         y = plant.step(controller.update(target - y).item())
@@ -153,7 +153,7 @@ def step_response(controller: Controller, plant: LaggedPlant, target: float,
 
 
 def settling_step(y: Tensor, target: float, band: float = 0.05) -> int | None:
-    """First step from which y `(steps,)` stays within `band · target`; None: it never does."""
+    """First step from which y `(steps,)` stays within `band · target`, or None."""
     outside = ((y - target).abs() > band * abs(target)).nonzero()
     first = int(outside[-1]) + 1 if len(outside) else 0
     return first if first < len(y) else None

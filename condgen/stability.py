@@ -21,7 +21,9 @@ from .games import (
 
 # %% ../nbs/autoencoders/404_stability.ipynb #e69d5475
 def squared_gradient(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Mean squared length of a critic's gradient at images: R1 for real ones, R2 for fakes.
+    """Mean squared length of a critic's gradient at images.
+
+    R1 for real images, R2 for generated ones.
 
     Args:
         critic: images `(n, …)` → logits `(n,)`, each of which depends on its own image
@@ -158,8 +160,9 @@ class StabilityKit(nn.Module):
 
     Example:
         >>> kit = StabilityKit("relativistic", r1=1.0, r2=1.0)
-        >>> sorted(kit.discriminator_terms(lambda x: x.flatten(1).mean(1),
-        ...                                torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)))
+        >>> real, fake = torch.rand(2, 4, 1, 8, 8)
+        >>> critic = lambda x: x.flatten(1).mean(1)
+        >>> sorted(kit.discriminator_terms(critic, real, fake))
         ['D', 'R1', 'R2']
     """
 
@@ -178,7 +181,7 @@ class StabilityKit(nn.Module):
         if not self.augmented:
             return critic
         if batch is None:
-            raise ValueError("no batch; accepted: the batch whose noise augments images")
+            raise ValueError("no batch; accepted: the batch whose noise augments")
         numbers = batch.rand(f"augment {name}", AUGMENTATION_NUMBERS)
         return lambda x: critic(augment(x, numbers))
 

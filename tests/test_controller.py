@@ -50,7 +50,7 @@ def test_output_leaves_a_limit_at_once():
     assert controller.update(-0.5) == pytest.approx(0.95)
 
 
-def test_first_error_moves_the_output_by_the_integral_term_only():
+def test_first_error_acts_by_the_integral_term_only():
     assert Controller(0.1, 5.0, 5.0, start=0.5).update(1.0) == pytest.approx(0.6)
 
 

@@ -60,7 +60,7 @@ def test_relativistic_losses_depend_on_differences_only():
     assert better < relativistic_discriminator(real, fake)
 
 
-def test_augmentation_repeats_with_its_numbers_and_differs_without():
+def test_augmentation_is_fixed_by_its_numbers():
     x, numbers = random(5, 3, 16, 16), random(5, AUGMENTATION_NUMBERS, seed=1)
     assert torch.equal(augment(x, numbers), augment(x, numbers))
     assert not torch.equal(augment(x, numbers), augment(x, 1 - numbers))
@@ -96,7 +96,7 @@ def test_wrong_number_of_random_numbers_is_refused():
         augment(random(2, 3, 8, 8), random(2, 3))
 
 
-def test_lecam_follows_logits_and_penalises_beyond_the_other_mean():
+def test_lecam_penalises_logits_beyond_the_other_mean():
     penalty = LeCam(decay=0.5)
     real, fake = torch.full((4,), 2.0), torch.full((4,), -1.0)
     # averages after one batch: 1 and -0.5
