@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'OURS', 'WEIGHTS', 'PARTS', 'TEMPERATURE', 'MOMENTS', 'SAMPLE_METRICS', 'FULL_SIZE', 'EXPERIMENTS',
-           'information_bound', 'r_squared', 'fresh_reader', 'correlation_ratio', 'coverage', 'code_paths',
-           'step_ratios', 'rank_correlations', 'ScoredLatents', 'ObservedCAGlow', 'list_parts', 'separability',
+           'information_bound', 'r_squared', 'fresh_reader', 'correlation_ratio', 'separability', 'coverage',
+           'code_paths', 'step_ratios', 'rank_correlations', 'ScoredLatents', 'ObservedCAGlow', 'list_parts',
            'observed_run', 'log_rows', 'sample_rows', 'code_rows', 'latent_rows', 'parts_of_the_objective']
 
 # %% ../../nbs/caglow/319_objective_parts.ipynb #2842959f
@@ -112,7 +112,29 @@ def correlation_ratio(values: Tensor, labels: Tensor) -> float:
     n = len(values)
     return (1 - (within / (n - len(classes))) / (total / (n - 1))).max().item()
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #07b37564
+# %% ../../nbs/caglow/319_objective_parts.ipynb #a34ab7b2
+@torch.no_grad()
+def separability(model: CAGlow, real: Tensor, n: int, seed: int) -> float:
+    """Accuracy of a fresh discriminator of real and generated latents.
+
+    It is `fresh_reader`, for the codes 1 (real) and −1 (generated), on latents that it
+    has not been fitted to.
+
+    Args:
+        model: its latents are sampled at temperature 1.
+        real: latents `(m, D)`, m ≥ n.
+        n: how many of each.
+        seed: of conditions, codes and noise.
+    """
+    g = torch.Generator().manual_seed(seed)
+    made = model.sample_latent(n, 1.0, g, digit=torch.arange(n) % 10)
+    some = real[torch.randperm(len(real), generator=g)[:n]]
+    z = torch.stack([some, made], 1).flatten(0, 1)[:, : model.written]
+    sign = torch.tensor([1.0, -1.0]).repeat(n)[:, None]
+    read = fresh_reader(z[:n], sign[:n], z[n:])
+    return (read * sign[n:] > 0).double().mean().item()
+
+# %% ../../nbs/caglow/319_objective_parts.ipynb #9b7d5436
 def coverage(generated: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor,
              k: int = 5) -> float:
     """Share of real points near which there is a generated one of the same class.
@@ -138,7 +160,7 @@ def coverage(generated: Tensor, labels: Tensor, real: Tensor, real_labels: Tenso
         near.append((torch.cdist(own, other) <= reach).any(1))
     return torch.cat(near).double().mean().item()
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #e4f50e7d
+# %% ../../nbs/caglow/319_objective_parts.ipynb #4e1a5cd3
 @torch.no_grad()
 def code_paths(model: CAGlow, n: int, steps: int, temperature: float,
                seed: int) -> Tensor:
@@ -193,7 +215,7 @@ def rank_correlations(values: Tensor) -> Tensor:
     ranks, place = ranks - ranks.mean(2, keepdim=True), place - place.mean()
     return ((ranks * place).mean(2) / place.square().mean()).mean(1)
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #a2f3d31b
+# %% ../../nbs/caglow/319_objective_parts.ipynb #ed552fb0
 @dataclass(frozen=True, eq=False)
 class ScoredLatents(LatentTable):
     """Latents with principal component scores of their images.
@@ -222,7 +244,7 @@ class ObservedCAGlow(CAGlowOnLatents):
         return {"D": (self.weights["D"], discriminator_loss(real, fake, self.form)),
                 **self.condition_terms(predicted, codes, c), "right": (0.0, right)}
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #9b15ec99
+# %% ../../nbs/caglow/319_objective_parts.ipynb #3f6b03a0
 PAPER = ("CAGlow (paper, T)", "CAGlow (paper, W)")
 OURS = "CAGlow (ours)"
 WEIGHTS: dict[str, dict[str, float]] = {
@@ -252,29 +274,7 @@ TEMPERATURE = 0.7  # of samples and paths
 MOMENTS = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # ends of the parts of a training
 SAMPLE_METRICS = ("accuracy", "diversity_pixel", "diversity_feature", "frechet")
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #8e3aaf6e
-@torch.no_grad()
-def separability(model: CAGlow, real: Tensor, n: int, seed: int) -> float:
-    """Accuracy of a fresh discriminator of real and generated latents.
-
-    It is `fresh_reader`, for the codes 1 (real) and −1 (generated), on latents that it
-    has not been fitted to.
-
-    Args:
-        model: its latents are sampled at temperature 1.
-        real: latents `(m, D)`, m ≥ n.
-        n: how many of each.
-        seed: of conditions, codes and noise.
-    """
-    g = torch.Generator().manual_seed(seed)
-    made = model.sample_latent(n, 1.0, g, digit=torch.arange(n) % 10)
-    some = real[torch.randperm(len(real), generator=g)[:n]]
-    z = torch.stack([some, made], 1).flatten(0, 1)[:, : model.written]
-    sign = torch.tensor([1.0, -1.0]).repeat(n)[:, None]
-    read = fresh_reader(z[:n], sign[:n], z[n:])
-    return (read * sign[n:] > 0).double().mean().item()
-
-# %% ../../nbs/caglow/319_objective_parts.ipynb #443567bd
+# %% ../../nbs/caglow/319_objective_parts.ipynb #62e25d19
 def observed_run(lab: Lab, name: tuple[str, str], start: CAGlow,
                  latents: ScoredLatents) -> tuple[Run, Rows]:
     """A run of stage 2 with one part of the objective left out or changed.
@@ -323,7 +323,7 @@ def log_rows(log: Iterable[Mapping[str, Any]], name: tuple[str, str]) -> Rows:
     spread = (loss.diff().square().mean() / 2).sqrt().item()
     return [*rows, row(name[0], "loss_spread", spread, name[1])]
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #df09760d
+# %% ../../nbs/caglow/319_objective_parts.ipynb #933e4cb4
 def sample_rows(lab: Lab, model: CAGlow, name: tuple[str, str]) -> Rows:
     """Accuracy, diversity, Fréchet distance and coverage of samples."""
     data, evaluator = lab.data, lab.evaluator("evaluator-digits")
@@ -384,7 +384,7 @@ def latent_rows(lab: Lab, model: CAGlow, name: tuple[str, str]) -> Rows:
                      {"latents": kind}) for kind, pair in found.items()]
     return rows
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #6ed99f1c
+# %% ../../nbs/caglow/319_objective_parts.ipynb #56b33a7d
 def parts_of_the_objective(lab: Lab) -> Rows:
     """CAGlow on digits with parts of its objective left out."""
     flow, data = lab.train("glow-digits").model, digits(copies=lab.size["copies"])
@@ -406,7 +406,7 @@ def parts_of_the_objective(lab: Lab) -> Rows:
             rows += measure(lab, run.model.eval(), name)
     return rows
 
-# %% ../../nbs/caglow/319_objective_parts.ipynb #52e9bce9
+# %% ../../nbs/caglow/319_objective_parts.ipynb #d8acc748
 FULL_SIZE = {"copies": 15, "n": 720, "codes": 800, "paths": 20, "steps": 21,
              "latents": 8_000}
 
