@@ -414,8 +414,8 @@ EXPERIMENTS = [
     Experiment("caglow/parts",
                "CAGlow on digits with parts of its objective left out, T, W and ours",
                parts_of_the_objective, ("evaluator-digits", "glow-digits"), PLAIN,
-               {"tiny": {"copies": 0, "paper": 3_200, "ours": 3_200, "n": 90, "codes": 50,
-                         "paths": 10, "steps": 5, "latents": 800},
+               {"tiny": {"copies": 0, "paper": 3_200, "ours": 3_200, "n": 90,
+                         "codes": 50, "paths": 10, "steps": 5, "latents": 800},
                 "cpu": {"paper": 240_000, "ours": 32_000, **FULL_SIZE},
                 "full": {"paper": 2_000_000, "ours": 400_000, **FULL_SIZE}}),
 ]
