@@ -45,24 +45,26 @@ LOWER_IS_BETTER = (
     "whash:bits mae mse amp_variance interference knn_two_sample centroid_distance "
     "age_error:years seconds:s bytes:B peak_memory_mb:MB step_seconds:s "
     "sample_seconds:s activation_mb:MiB inversion_error gradient_error ks_distance "
-    "copy_share broken_share"
+    "copy_share broken_share loss_spread:nats"
 )
 HIGHER_IS_BETTER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature "
     "diversity_feature_min inception_score psnr:dB ssim attribute_accuracy "
     "identity_accuracy code_correlation nrds images_per_second:images/s modes "
-    "mode_precision monotonicity area_ratio rank_agreement"
+    "mode_precision monotonicity area_ratio rank_agreement rank_correlation "
+    "coverage r_squared information_bound:nats"
 )
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
-    "residual_energy estimated_age:years scatter_ratio step_ratio"
+    "residual_energy estimated_age:years scatter_ratio step_ratio correlation_ratio"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
         "accuracy attribute_accuracy identity_accuracy copy_share knn_two_sample modes "
         "mode_precision mode_share monotonicity rank_agreement diversity_pixel "
         "diversity_pixel_min diversity_feature diversity_feature_min "
-        "centroid_distance silhouette code_correlation temperature").split())
+        "centroid_distance silhouette code_correlation temperature rank_correlation "
+        "coverage r_squared correlation_ratio").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "
     "images_per_second inversion_error gradient_error"
