@@ -45,7 +45,7 @@ LOWER_IS_BETTER = (
     "whash:bits mae mse amp_variance interference knn_two_sample centroid_distance "
     "age_error:years seconds:s bytes:B peak_memory_mb:MB step_seconds:s "
     "sample_seconds:s activation_mb:MiB inversion_error gradient_error ks_distance "
-    "copy_share broken_share loss_spread:nats"
+    "copy_share broken_share artefact_score loss_spread:nats"
 )
 HIGHER_IS_BETTER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature "

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from condgen.experiments import printed, printed_edits
 from condgen.experiments.printed import (
-    ATTRIBUTES, EXPERIMENTS, add_at_random, add_attribute, attributes_of, drawn_people,
-    pairs_of_sets, printed_people, without_attributes)
+    ATTRIBUTES, SCORES, add_attribute, artefact_scores, attributes_of, drawn_people,
+    exchanged_latents, pairs_of_sets, printed_people)
+from condgen.experiments.printed_edits import (
+    FINE, JUMPS, STEPS, add_at_random, exchange_conditions, exchange_drawings,
+    exchange_points, largest_step_ratio, without_attributes)
 from condgen.faces import FACTORS
 from condgen.lab import Lab
 from condgen.metrics import scatter_ratio
@@ -77,7 +81,8 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+@pytest.mark.parametrize("experiment", printed.EXPERIMENTS + printed_edits.EXPERIMENTS,
+                         ids=lambda e: e.name)
 def test_rows_are_distinct_and_figures_are_drawn(experiment, runs, tmp_path):
     lab = Lab(experiment, "tiny", 0, runs, progress=False, rounds=3)
     rows = experiment.run(lab)
@@ -86,3 +91,46 @@ def test_rows_are_distinct_and_figures_are_drawn(experiment, runs, tmp_path):
     if experiment.figures:
         experiment.figures(lab, rows, tmp_path / "r.json")
         assert (tmp_path / "r.png").stat().st_size > 5_000
+
+
+def test_a_jump_stays_and_a_line_is_divided():
+    t = torch.linspace(0, 1, FINE + 1)
+    assert largest_step_ratio(t[:, None]) == pytest.approx(STEPS / FINE)
+    assert largest_step_ratio((t > 0.3).float()[:, None]) == pytest.approx(1)
+
+
+def test_conditions_and_drawings_agree_in_the_corners():
+    data, pair, factors = printed_people("tiny"), torch.tensor([3, 8]), drawn_people(20, 600)
+    points, c = exchange_points(), exchange_conditions(printed_people("tiny"), pair)
+    for name, line in zip(JUMPS, ((1.0, 0.0), (0.0, 1.0)), strict=True):
+        ends = points[[JUMPS[name], JUMPS[name] + FINE]].tolist()
+        assert ends == [[0.0, 0.0], list(line)]
+    corners = [0, STEPS, STEPS * (STEPS + 1), (STEPS + 1) ** 2 - 1]
+    known = data.conditions.unpack(c[corners])
+    assert known["identity"].tolist() == [3, 3, 8, 8]
+    assert known["blond"].tolist() == [1, 0, 1, 0]
+    x = exchange_drawings(data, factors, pair)
+    assert len(x) == len(points) and torch.equal(x[0], x[JUMPS["identity"]])
+    assert not torch.equal(x[corners[0]], x[corners[1]])
+
+
+def test_inferred_levels_give_the_image_back(runs):
+    lab = Lab(printed.EXPERIMENTS[1], "tiny", 0, runs, progress=False, rounds=3)
+    model, index = lab.train("printed-cglow").model, lab.data.indices("test")[:8]
+    x, c = lab.data.images[index].float() / 255, lab.data.labels[index]
+    found = exchanged_latents(model, x, c, 0)
+    assert torch.allclose(found["both inferred"][0], x, atol=2 / 255)
+    assert not torch.allclose(found["rest inferred"][0], x, atol=2 / 255)
+    top = {name: z[:, : model.top] for name, (_, z) in found.items()}
+    assert torch.equal(top["top inferred"], top["both inferred"])
+    assert torch.equal(top["sampled"], top["rest inferred"])
+
+
+def test_real_images_have_no_artefact_of_content(runs):
+    lab = Lab(printed.EXPERIMENTS[1], "tiny", 0, runs, progress=False, rounds=3)
+    x = lab.data.images[:40].float() / 255
+    found = artefact_scores(x[:10], x, lab.evaluator("printed-evaluator"))
+    assert set(found) == set(SCORES)
+    assert found["content"].max() < 1e-3
+    blurred = artefact_scores(0.5 + 0 * x[:10], x, lab.evaluator("printed-evaluator"))
+    assert blurred["texture"].min() > found["texture"].max()
