@@ -90,12 +90,13 @@ def list_() -> None:
     typer.echo("Recipes (condgen train NAME)")
     for recipe in declared("RECIPES").values():
         typer.echo(f"  {recipe.name:24} {recipe.summary}")
-    typer.echo("  reading T: the encoder writes the top latent only; W: the whole latent")
-    shipped = {name: hasattr(resolve(read_json(folder / "card.json")["class"]), "sample")
+    typer.echo("  reading T: the encoder writes the top latent; W: the whole latent")
+    classes = {name: resolve(read_json(folder / "card.json")["class"])
                for name, folder in pretrained_models().items()}
     for title, samples in (("Models that ship (condgen sample NAME)", True),
                            ("Evaluators that ship (--evaluator NAME)", False)):
-        names = ", ".join(name for name, has in shipped.items() if has == samples)
+        names = ", ".join(name for name, model in classes.items()
+                          if hasattr(model, "sample") == samples)
         typer.echo(f"\n{title}\n  {names}")
     typer.echo("\nExperiments (condgen reproduce NAME)")
     for name, experiment in declared("EXPERIMENTS").items():

@@ -138,8 +138,8 @@ COUNTS = dict(enumerate("one two three four five six seven eight nine ten".split
 TITLES = {"knn_two_sample": "k-NN two-sample accuracy"}  # metrics not named in words
 PROTOCOL_TEXTS = {
     "reference": "{} test images", "split": "{} part", "evaluator": "evaluator {}",
-    "draws": "{} draws", "threads": "threads: {}", "k": "k = {}", "batch": "batches of {}",
-    "epochs": "{} epochs", "steps": "{} steps", "levels": "levels: {}",
+    "draws": "{} draws", "threads": "threads: {}", "k": "k = {}",
+    "batch": "batches of {}", "epochs": "{} epochs", "steps": "{} steps", "levels": "levels: {}",
     "images_per_person": "{} images per person",
 }
 
@@ -211,7 +211,7 @@ def table_cells(rows: Iterable[dict[str, Any]]) -> tuple[list[list[str]], list[s
         key = row_key(r, "protocol")
         seeds[key] = max(seeds.get(key, 1), len(r["values"]))
     found = {key: protocol_note(json.loads(key)[0], n) for key, n in seeds.items()}
-    numbers = {key: i for i, key in enumerate((k for k, note in found.items() if note), 1)}
+    numbers = {key: i for i, key in enumerate((k for k in found if found[k]), 1)}
     several = len(found) > 1
     columns: dict[str, tuple[str, dict[str, dict]]] = {}
     for r in rows:
@@ -241,7 +241,7 @@ def table_cells(rows: Iterable[dict[str, Any]]) -> tuple[list[list[str]], list[s
 
 
 def turned(lines: list[list[str]]) -> list[list[str]]:
-    """Cells with lines and columns exchanged, if there are too many columns for a page."""
+    """Cells with lines and columns exchanged, if the columns are too many."""
     wide = len(lines[0]) > MOST_COLUMNS and len(lines[0]) > len(lines)
     return [list(column) for column in zip(*lines, strict=True)] if wide else lines
 
