@@ -129,7 +129,7 @@ def format_number(value: float | None, low: float | None = None,
         return f"{round(value, place):,.0f} ± {half:,.0f}"
     if value and place > 3 - first:  # more digits than a table needs
         return f"{text} ± {half:.2g}"
-    if place > 5:
+    if place > 6:
         return f"{value:.{max(place + first, 0)}e} ± {half:.1e}"
     return f"{value:.{place}f} ± {half:.{place}f}"
 
@@ -137,8 +137,8 @@ def format_number(value: float | None, low: float | None = None,
 COUNTS = dict(enumerate("one two three four five six seven eight nine ten".split(), 1))
 TITLES = {"knn_two_sample": "k-NN two-sample accuracy"}  # metrics not named in words
 PROTOCOL_TEXTS = {
-    "reference": "{} test images", "split": "{} part", "evaluator": "evaluator {}",
-    "draws": "{} draws", "threads": "threads: {}", "k": "k = {}",
+    "reference": "{} test images", "split": "{} part", "evaluator": "{}",
+    "draws": "{} draws", "threads": "threads used: {}", "k": "k = {}",
     "batch": "batches of {}", "epochs": "{} epochs", "steps": "{} steps", "levels": "levels: {}",
     "images_per_person": "{} images per person",
 }

@@ -467,7 +467,7 @@ def test_protocols_never_share_a_column():
     ([0.94, 0.95, 0.948], "0.946 ± 0.013"), ([1, 1, 1], "1"),
     ([3.597e-5] * 3, "3.597e-05"), ([88.3, 268.1, 164.5], "170 ± 220"),
     ([0.5, 0.5, 1], "0.67 ± 0.72"), ([21_345, 25_000], "23,000 ± 23,000"),
-    ([2e-5, 3e-5, 2.5e-5], "2.5e-05 ± 1.2e-05"), ([0.5], "0.5"),
+    ([2e-5, 3e-5, 2.5e-5], "0.000025 ± 0.000012"), ([0.5], "0.5"), ([2e-6, 3e-6, 2.5e-6], "2.5e-06 ± 1.2e-06"),
     ([1 / 3, 1 / 3 + 1e-9], "0.3333 ± 6.4e-09"), ([-1, 1], "0 ± 13")])
 def test_a_number_is_rounded_as_its_interval(values, text):
     item = rs.row("A", "frechet", values)
@@ -485,7 +485,7 @@ def test_tables_say_in_words_what_numbers_are():
     assert line == ["A", "1", "0.60 ± 0.25", "0.5 to 1"]
     assert notes == [
         "(1) n = 5; three seeds", "(2) three seeds",
-        "(3) n = 2,160 samples; 360 test images; three seeds of training; threads: 1",
+        "(3) n = 2,160 samples; 360 test images; three seeds of training; threads used: 1",
         "±: half the 95 % interval of the mean over seeds"]
 
 
