@@ -139,7 +139,8 @@ TITLES = {"knn_two_sample": "k-NN two-sample accuracy"}  # metrics not named in 
 PROTOCOL_TEXTS = {
     "reference": "{} test images", "split": "{} part", "evaluator": "{}",
     "draws": "{} draws", "threads": "threads used: {}", "k": "k = {}",
-    "batch": "batches of {}", "epochs": "{} epochs", "steps": "{} steps", "levels": "levels: {}",
+    "batch": "batches of {}", "epochs": "{} epochs", "steps": "{} steps",
+    "levels": "levels: {}",
     "images_per_person": "{} images per person",
 }
 

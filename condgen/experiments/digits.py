@@ -164,7 +164,8 @@ def digits_report(lab: Lab, rows: Rows, result: Path) -> None:
                 "Diversity is the spread within a class, relative to real images: "
                 "a model that ignores its noise would score well on accuracy alone. "
                 "The Fréchet distance of real training images to the same "
-                "test images is the best that can be hoped for." + TIER_WARNINGS[lab.tier],
+                "test images is the best that can be hoped for."
+                + TIER_WARNINGS[lab.tier],
             table=cells, caption="; ".join(notes)),
         ReportSection("Real digits", "Test images, never seen in training.",
                       traversal(twelve, range(10))),
