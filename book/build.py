@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from book.plain import Book
+
 VENDOR = Path(__file__).parent / "vendor"
 MYST = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath",
         "replacements", "smartquotes", "tasklist"]
@@ -110,6 +112,10 @@ def collect(static: Path) -> None:
 def main(root: Path) -> int:
     """Builds the book of the tree at ``root``; warnings are errors."""
     quarto = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
+    try:
+        Book(root).copies()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     out = root / "_build"
     collect(out / "static")
     for name, content in (("_toc.yml", toc(quarto["book"])),

@@ -61,14 +61,19 @@ class Book:
         bib = quarto.get("bibliography")
         self.root, self.paths = root, [path for part in parts for path in part]
         self.works = parse_file(root / bib) if bib else BibliographyData()
+        self.bibliography, self.labelled = bib or "no bibliography", False
         self.labels: dict[str, Label] = {}
         self.cited: dict[str, set[str]] = {path: set() for path in self.paths}
 
     def copies(self) -> dict[str, str]:
-        """The chapters' plain text by path: the first round finds labels."""
-        for path in self.paths:
-            Page(self, path).copy()
-        return {path: Page(self, path).copy() for path in self.paths}
+        """The chapters' plain text by path: the first round finds labels.
+
+        Raises:
+            ValueError: a citation or a reference leads nowhere.
+        """
+        for self.labelled in (False, True):
+            found = {path: Page(self, path).copy() for path in self.paths}
+        return found
 
 
 class Page:
@@ -214,12 +219,23 @@ class Page:
         return outside(f"{CODE}|{MATH}", AT, lambda m: self.reference(m["key"]), text)
 
     def reference(self, key: str, inside: bool = False) -> str:
-        """A link to a labelled place, or a work as the sentence names it."""
+        """A link to a labelled place, or a work as the sentence names it.
+
+        Raises:
+            ValueError: there is no such place or work; the message names the chapter.
+        """
+        chapter = Path(self.path).name
         if key in self.book.labels:
             label = self.book.labels[key]
             return self.link(label.text, label, f' "{bare(label.title)}"')
         if key.split("-")[0] in NAMES and "-" in key:
+            if self.book.labelled:
+                kind = NAMES[key.split("-")[0]].lower()
+                raise ValueError(f"{chapter}: no {kind} has the label {key!r}")
             return f"@{key}"  # further on in the book: known in the second round
+        if key not in self.book.works.entries:
+            raise ValueError(f"{chapter}: citation {key!r} is not in "
+                             f"{self.book.bibliography}")
         work = self.book.works.entries[key]
         people = [" ".join(p.last_names) for p in work.persons["author"]]
         names = f"{people[0]} et al." if len(people) > 2 else " and ".join(people)
@@ -320,5 +336,9 @@ def write(root: Path, out: Path) -> list[str]:
 if __name__ == "__main__":
     here = Path(__file__).resolve().parents[1]
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else here / "_build" / "lab"
-    if kept := write(here, target):
+    try:
+        kept = write(here, target)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if kept:
         print(f"kept, as edited (remove for a new copy): {', '.join(kept)}")

@@ -97,11 +97,13 @@ def check_picture(path: str | Path) -> None:
 def save_image(images: Tensor, path: str | Path, rows: int | None = None) -> Path:
     """Write a sheet of images `(n, c, h, w)` as a picture file.
 
-    Small images are enlarged to 64 pixels or more.
+    Small images are enlarged: up to 64 of them to a side of 128 pixels or more, a
+    larger number to 64.
     """
     from PIL import Image
 
-    zoom = -(-64 // images.shape[-1]) if images.dim() == 4 and images.shape[-1] else 1
+    side = 128 if len(images) <= 64 else 64
+    zoom = -(-side // images.shape[-1]) if images.dim() == 4 and images.shape[-1] else 1
     picture, path = sheet(images, rows, gap=2, zoom=zoom), Path(path)
     check_picture(path)
     stream = io.BytesIO()

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 from condgen.claims import (
     KINDS, VERDICTS, Claim, chosen_claims, claims_html, claims_text, combine, compare,
-    decide, decide_ours, differences, interval_verdict, missing_quotes, read_claims,
-    selected_values)
+    decide, decide_ours, differences, interval_verdict, missing_quotes, quotation_html,
+    read_claims, selected_values)
 from condgen.recipes import resolve
 from condgen.results import confidence_interval, row
 
@@ -149,6 +151,52 @@ def test_tables_show_quotation_and_verdict():
     assert decide_ours(claim)[0] == ""
     for shown in (text, page):
         assert "exactly false" in shown and "CAGLOW-11" in shown
+
+
+def test_evidence_names_what_was_compared(monkeypatch):
+    at = {"count": 2, "reading": "step"}
+    rows = [row("A", "interference", [0.2, 0.3, 0.25], "ours", at),
+            row("B", "interference", [0.61, 0.7, 0.65], at={**at, "count": 3}),
+            row("A", "bytes", [9_944_112.0], "ours")]
+    monkeypatch.setattr("condgen.claims.stored", lambda name: rows)
+    left, right = ({k: r[k] for k in ("model", "variant", "metric", "at")}
+                   for r in rows[:2])
+    test = {"experiment": "toy/models", "relation": "<", "left": left, "right": right}
+    assert compare(test).text == (
+        "interference at reading step (toy/models): A (ours) at count 2: 0.25 < "
+        "B at count 3: 0.6533: yes (95 % interval of the difference "
+        "-0.418 … -0.389, 3 seeds)")
+    assert ": no (" in compare({**test, "relation": ">", "margin": 0.1}).text
+    assert "B at count 3: 0.6533 + 0.1" in compare(
+        {**test, "relation": ">", "margin": 0.1}).text
+    size = {"model": "A", "variant": "ours", "metric": "bytes", "at": {}}
+    assert compare({**test, "left": size, "right": 0.5}).text == (
+        "bytes (toy/models): A (ours) 9,944,000 < 0.5: undecided "
+        "(no interval, 1 seed)")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_page_shows_no_source_of_formulas(name, monkeypatch):
+    monkeypatch.setattr("condgen.claims.resolve", lambda check: bool)
+    page = claims_html(name)
+    plain = re.sub(r'<span class="math[^>]*>.*?</span>', "", page)
+    assert not re.search(r"\\[a-z]|\$|\b[A-Za-z]_[\w{]", plain)
+    assert page.count("data-verdict=") == 1 + page.count("<details>")
+    claim = CLAIMS[name]
+    if claim.reason and not (claim.tests or claim.ours):
+        assert "<summary>why not</summary>" in page
+    if claim.tests:
+        assert '<td colspan="4"><details><summary>evidence</summary><ul>' in page
+
+
+def test_a_quotation_stays_verbatim_and_a_cut_one_is_marked():
+    assert quotation_html("we find a bound for") == "“we find a bound for” […]"
+    assert quotation_html("A < B.") == "“A &lt; B.”"
+    assert "“Effect of <em>z</em>”" == quotation_html("Effect of *z*")
+    for claim in CLAIMS.values():
+        shown = re.sub(r"<[^>]+>|\\\(|\\\)|\*", "", quotation_html(claim.quote))
+        words = unescape(shown).removesuffix(" […]").strip("“”")
+        assert words == re.sub(r"[$*]", "", claim.quote)
 
 
 def test_every_tested_claim_stands_in_a_chapter():

@@ -46,6 +46,44 @@ def test_list_names_recipes_and_experiments(tmp_path):
             and "stored here" not in out)
 
 
+def test_list_names_evaluators_apart_from_generators(capsys):
+    from condgen.__main__ import list_
+
+    list_()
+    lines = capsys.readouterr().out.splitlines()
+    models = lines[lines.index("Models that ship (condgen sample NAME)") + 1]
+    assert "caglow-digits" in models and "evaluator" not in models
+    assert lines[lines.index("Evaluators that ship (--evaluator NAME)") + 1].split() == [
+        "evaluator-digits"]
+    assert any("reading T: the encoder writes the top" in line for line in lines)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["caglow-digits", "--help"], "Conditions: digit 0-9, u -1 to 1 (2 numbers)"),
+    (["-n", "4", "--help"], "Conditions: with the name of a model before --help"),
+    (["nobody", "--help"], "Conditions: with the name of a model before --help")])
+def test_help_lists_the_conditions_of_a_model(arguments, text, monkeypatch, capsys):
+    from condgen.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["condgen", "sample", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and text in said
+    assert "INTEGER >= 0" in said and str(2**63 - 1) not in said
+
+
+def test_every_kind_of_condition_is_described():
+    from condgen.arguments import condition_text
+    from condgen.conditions import Binary, Classes, Code, Real
+
+    kinds = (Classes("digit", 10), Binary("hat"), Real("age", 0, 80), Code("u", 1),
+             Code("v", 2, kind="binary"))
+    assert [*map(condition_text, kinds)] == [
+        "digit 0-9", "hat 0-1", "age 0-80", "u -1 to 1 (1 number)",
+        "v 0 or 1 (2 numbers)"]
+
+
 def test_stopped_run_can_be_sampled_and_evaluated(folder):
     assert "can be resumed" in condgen("train", "caglow-digits", *TINY, "--budget",
                                        "1s", cwd=folder).stdout

@@ -274,3 +274,19 @@ def test_headline_has_a_row_for_the_frechet_floor():
             row("evaluator", "accuracy", 0.9, n=1)]
     assert [(r["model"], r["metric"]) for r in headline_rows(rows)] == [
         ("Glow", "frechet"), ("real training images", "frechet")]
+
+
+@pytest.mark.parametrize("tier, warned", [("tiny", True), ("cpu", False)])
+def test_report_of_digits_names_its_tier(tmp_path, tier, warned):
+    from types import SimpleNamespace
+
+    from condgen.experiments.digits import digits_report
+    from condgen.runs import load
+
+    rows = [row(name, "temperature", 0.7, n=10) for name in ("CGlow", "CAGlow")]
+    lab = SimpleNamespace(tier=tier, seed=0, folder=tmp_path,
+                          train=lambda name: SimpleNamespace(model=load(name)))
+    digits_report(lab, rows, tmp_path / "result.json")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<h1>Digits on demand, tier {tier}</h1>" in page
+    assert ("Tier tiny: CGlow is far from trained; do not compare" in page) == warned

@@ -74,7 +74,7 @@ def test_saved_image_is_the_sheet(tmp_path):
     x = images(4, 3)
     path = fg.save_image(x, tmp_path / "new" / "a.png")
     with Image.open(path) as picture:
-        assert picture.size == (130, 130)
+        assert picture.size == (258, 258)
         assert picture.getpixel((0, 0)) == tuple(
             (x[0, :, 0, 0] * 255).round().int().tolist())
     with pytest.raises(ValueError, match=r"a\.txt.*accepted: \.png"):
@@ -96,6 +96,16 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch, write):
     with pytest.raises(OSError, match="cannot write .*a.png: No space left on device"):
         write(old)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
+
+
+@pytest.mark.parametrize("shape, size", [
+    ((16, 1, 16, 16), (518, 518)), ((8, 3, 32, 32), (518, 258)),
+    ((100, 1, 16, 16), (658, 658)), ((1, 3, 128, 128), (128, 128))])
+def test_a_few_small_images_become_a_large_picture(tmp_path, shape, size):
+    from PIL import Image
+
+    path = fg.save_image(torch.rand(shape), tmp_path / "a.png")
+    assert Image.open(path).size == size
 
 
 def test_report(tmp_path):

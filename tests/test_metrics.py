@@ -452,14 +452,60 @@ def test_protocols_never_share_a_column():
     ]
     (top, *lines), notes = rs.table_cells(rows)
     assert (top == ["", "accuracy ↑ (1)", "paper", "accuracy ↑ (2)"]
-            and notes == ["(1) n 1", "(2) n 2"])
+            and notes == ["(1) n = 1; two seeds", "(2) n = 2",
+                          "±: half the 95 % interval of the mean over seeds"])
     assert lines == [["A", "0.6 ± 1.3", "0.99", ""], ["B", "0.8", "", ""],
                      ["C", "", "", "0.9"]]
-    assert len(rs.text_table(rows).splitlines()) == 6
+    assert len(rs.text_table(rows).splitlines()) == 7
     with pytest.raises(ValueError, match="two rows"):
         rs.table_cells([*rows, rs.row("B", "accuracy", 0.1, n=1)])
     html = rs.html_table([rs.row("<b>", "accuracy", 0.1, n=1)])
     assert "<th>&lt;b&gt;</th>" in html and "<b>" not in html
+
+
+@pytest.mark.parametrize("values, text", [
+    ([0.94, 0.95, 0.948], "0.946 ± 0.013"), ([1, 1, 1], "1"),
+    ([3.597e-5] * 3, "3.597e-05"), ([88.3, 268.1, 164.5], "170 ± 220"),
+    ([0.5, 0.5, 1], "0.67 ± 0.72"), ([21_345, 25_000], "23,000 ± 23,000"),
+    ([2e-5, 3e-5, 2.5e-5], "0.000025 ± 0.000012"), ([0.5], "0.5"), ([2e-6, 3e-6, 2.5e-6], "2.5e-06 ± 1.2e-06"),
+    ([1 / 3, 1 / 3 + 1e-9], "0.3333 ± 6.4e-09"), ([-1, 1], "0 ± 13")])
+def test_a_number_is_rounded_as_its_interval(values, text):
+    item = rs.row("A", "frechet", values)
+    assert rs.format_number(item["value"], item["low"], item["high"]) == text
+
+
+def test_tables_say_in_words_what_numbers_are():
+    facts = {"n": 2160, "reference": 360, "seed": "of training", "threads": 1}
+    rows = [rs.row("A", "temperature", [0.5, 1, 0.5], **facts),
+            rs.row("A", "knn_two_sample", [0.5, 0.6, 0.7], at={"set": "held-out"}),
+            rs.row("A", "frechet", [1, 1, 1], n=5)]
+    (top, line), notes = rs.table_cells(rows)
+    assert top == ["", "frechet ↓ (1)", "k-NN two-sample accuracy, held-out ↓ (2)",
+                   "temperature (3)"]
+    assert line == ["A", "1", "0.60 ± 0.25", "0.5 to 1"]
+    assert notes == [
+        "(1) n = 5; three seeds", "(2) three seeds",
+        "(3) n = 2,160 samples; 360 test images; three seeds of training; threads used: 1",
+        "±: half the 95 % interval of the mean over seeds"]
+
+
+def test_no_column_refers_to_a_note_that_is_not_there():
+    rows = [rs.row("A", "accuracy", 0.5, n=1), rs.row("A", "frechet", 0.5),
+            rs.row("A", "bpd", 0.5, n=2)]
+    (top, _), notes = rs.table_cells(rows)
+    assert top == ["", "accuracy ↑ (1)", "bpd [bits/dim] ↓ (2)", "frechet ↓"]
+    assert notes == ["(1) n = 1", "(2) n = 2"]
+
+
+def test_a_wide_table_has_models_in_columns():
+    wide = [rs.row(model, "accuracy", 0.5, at={"k": k}) for model in "AB"
+            for k in range(9)]
+    lines = rs.text_table(wide).splitlines()
+    assert lines[0].split() == ["A", "B"] and len(lines) == 10
+    page = rs.html_table(wide)
+    assert "<tr><th></th><th>A</th><th>B</th></tr>" in page
+    assert page.count("<td>0.5</td>") == 18
+    assert rs.text_table(wide[:3]).splitlines()[0].count("accuracy") == 3
 
 
 def test_results_round_trip(tmp_path):

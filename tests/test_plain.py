@@ -2,6 +2,7 @@
 somewhere, code is the same.
 """
 
+import functools
 import html
 import json
 import os
@@ -221,6 +222,22 @@ def test_what_becomes_of_everything(tree: Path) -> None:
     assert source["n2"].startswith("![A cat](cat.png)\n\n**Figure 9.1:** A *cat*\n"
                                    "\n**Table 9.1:** Rows\n\n| a |")
     assert re.findall(r"^- (\w+)", two[-1]["source"], re.MULTILINE) == ["Ann", "Di"]
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("@b2019", "@nobody", "09_two.ipynb: citation 'nobody' is not in works.bib"),
+    ("@sec-one", "@sec-lost", "09_two.ipynb: no section has the label 'sec-lost'"),
+    ("@eq-z, @fig", "@eq-lost, @fig",
+     "09_two.ipynb: no equation has the label 'eq-lost'")])
+def test_a_reference_that_leads_nowhere_is_named(tree, old, new, message):
+    file = tree / "nbs" / "two" / "09_two.ipynb"
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    for make in (Book(tree).copies, functools.partial(build.main, tree)):
+        with pytest.raises((ValueError, SystemExit)) as error:
+            make()
+        assert str(error.value).removeprefix("error: ") == message
+    assert not (tree / "_build").exists()
 
 
 @pytest.mark.slow
