@@ -126,7 +126,7 @@ FLOW_SIZE = {"tiny": {"levels": 2, "depth": 1, "width": 16, "lr": 2e-3},
 LENGTHS = {"judge": {"tiny": 1_280, "cpu": 48_000, "full": 500_000},
            "flow": {"tiny": 1_280, "cpu": 256_000, "full": 5_000_000},
            "ours": {"tiny": 800, "cpu": 32_000, "full": 1_000_000},
-           "printed": {"tiny": 800, "cpu": 32_000, "full": 3_000_000}}
+           "printed": {"tiny": 800, "cpu": 128_000, "full": 3_000_000}}
 
 
 def lengths(stages: Mapping[str, str]) -> dict[str, dict[str, int]]:
