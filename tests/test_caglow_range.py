@@ -44,12 +44,11 @@ def test_excess_is_the_log_above_the_bound():
 
 
 def range_batch(model, n=100, rows=slice(None), total=None):
-    """As `batch_of`, with the fields of the range stage; differences are far too long."""
-    total = total or n
+    """A batch of the range stage; the model reaches far too far from now on."""
+    total, model.reach = total or n, 80.0
     x = torch.randint(0, 256, (total, 1, 8, 8),
                       generator=torch.Generator().manual_seed(2)).byte()
-    table = model.differences({"x": x})
-    table["d"] = 40 * table["d"]
+    table = model.with_partners({"x": x})
     return Batch({name: value[rows] for name, value in table.items()},
                  Noise((3,), rows, total))
 
@@ -71,14 +70,18 @@ def test_only_the_flow_gets_the_gradient_of_the_range(latent):
     assert moved == {"glow"} and math.isfinite(player.clip)
 
 
-def test_differences_are_those_of_top_latents():
+def test_extrapolated_latents_are_those_of_three_images():
     model = build()
-    batch = range_batch(model, 50)
+    batch, model.reach = range_batch(model, 50), 0.0
+    chosen = batch.rand("decoded", 1)[:, 0] < DECODED
     with torch.no_grad():
-        z = model.glow.encode(batch.x)[:, : model.glow.top]
-    # dequantised elsewhere in the bins
-    assert (batch.z - z).abs().max() < 0.2 and batch.d.shape == batch.z.shape
-    assert batch.d.mean(0).abs().max() < 1e-4 and batch.d.std() > batch.z.std()
+        z = model.glow.encode(batch.x[chosen])
+        raw = model.glow.unwhiten(z, z.new_zeros(len(z), 0))
+    found, top = model.extrapolated(batch), model.glow.top
+    assert torch.allclose(found[:, :top], raw[:, :top])
+    model.reach = 1.0
+    step = model.extrapolated(batch) - found
+    assert step[:, :top].abs().sum(1).min() > 0 and not step[:, top:].any()
 
 
 def test_other_stages_are_those_of_caglow():
