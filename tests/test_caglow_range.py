@@ -113,9 +113,10 @@ def test_a_batch_of_which_nothing_is_decoded_costs_nothing():
 
 
 def test_the_range_stage_brings_images_into_range():
-    """From latents forty times too far, at a high rate, with the player's clipping."""
+    """From far too long differences, at a high rate, with the player's clipping."""
     model = build()
     player, batch = range_player(model), range_batch(model)
+    model.reach = 8.0
     set_trainable(model, player)
     for group in player.optimizer.param_groups:
         group["lr"] *= 30
@@ -127,4 +128,4 @@ def test_the_range_stage_brings_images_into_range():
         nn.utils.clip_grad_norm_(player.params, player.clip)
         player.optimizer.step()
         losses.append(value.item())
-    assert losses[-1] < 0.7 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0], losses
