@@ -12,15 +12,17 @@ os.environ["CONDGEN_TIER"] = "tiny"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
-# files that take longest; they start first, so that no worker waits for the other's
-LONGEST = ("test_notebooks.py", "test_recipes.py", "test_probes_faces.py",
-           "test_full.py", "test_notebooks_library.py", "test_processes.py",
-           "test_probes_digits.py", "test_cli.py", "test_faults.py", "test_lab.py",
-           "test_clusters.py", "test_photographs.py", "test_plain.py", "test_mnist.py")
+# files that fork come first, before their worker has threads; then those that take
+# longest, so that no worker waits for the other's
+LONGEST = ("test_processes.py", "test_faults.py", "test_training.py",
+           "test_reversible.py", "test_jobs.py", "test_notebooks.py", "test_recipes.py",
+           "test_probes_faces.py", "test_full.py", "test_notebooks_library.py", "test_probes_digits.py", "test_cli.py",
+           "test_lab.py", "test_clusters.py", "test_photographs.py", "test_plain.py",
+           "test_mnist.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first; the order within a file stays."""
+    """Puts files that fork and the longest first; the order within a file stays."""
     places = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
