@@ -16,9 +16,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # longest, so that no worker waits for the other's
 LONGEST = ("test_processes.py", "test_faults.py", "test_training.py",
            "test_reversible.py", "test_jobs.py", "test_notebooks.py", "test_recipes.py",
-           "test_probes_faces.py", "test_full.py", "test_notebooks_library.py", "test_probes_digits.py", "test_cli.py",
-           "test_lab.py", "test_clusters.py", "test_photographs.py", "test_plain.py",
-           "test_mnist.py")
+           "test_probes_faces.py", "test_full.py", "test_notebooks_library.py",
+           "test_probes_digits.py", "test_cli.py", "test_lab.py", "test_clusters.py",
+           "test_photographs.py", "test_plain.py", "test_mnist.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
