@@ -35,7 +35,7 @@ def chapter_map(root: Path) -> str:
         for chapter in part["chapters"]:
             title, subtitle, module = heads(root / chapter)
             number = re.match(r"\d+", Path(chapter).name)[0]
-            name = (f"`condgen.{module}`" if module and module != "__main__"
+            name = (f"`condgen.{module}`" if module and not module.startswith("__")
                     else ("`condgen`" if module else ""))
             lines.append(f"| {number} {title} | {name} | {subtitle.rstrip('.')} |")
     return "\n".join(lines)

@@ -422,10 +422,15 @@ def run() -> None:
 
 def main() -> None:
     "Entry point; processes other than the first print only their errors."
-    from condgen.distributed import relaunch_processes
+    from condgen.distributed import launcher_number, relaunch_processes
 
     relaunch_processes()
-    if not int(os.environ.get("RANK", 0)):
+    try:
+        first = launcher_number("RANK") == 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if first:
         return run()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
         try:

@@ -59,11 +59,15 @@ def sheet(images: Tensor, rows: int | None = None, gap: int | tuple[int, int] = 
         uint8 `(H, W, 3)`.
 
     Raises:
-        ValueError: another shape, or values outside [0, 1].
+        ValueError: another shape, or values outside [0, 1], not a number or infinite.
     """
     x = images.detach().float().cpu()
     if x.dim() != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"images {tuple(images.shape)}; accepted: (n, 1 or 3, h, w)")
+    broken = int((~x.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(x)} images have values that are infinite "
+                         "or not a number; accepted: finite values in [0, 1]")
     if not bool(((x >= -1e-4) & (x <= 1 + 1e-4)).all()):
         raise ValueError(f"images from {x.min():g} to {x.max():g}; accepted: "
                          "finite values in [0, 1]")

@@ -25,7 +25,7 @@ from .recipes import check_tier, declared, find, prepare, resolve, train
 from .results import (row_label, merge_rows, read_results, result_path,
     save_results, set_aside, stale, versions, write_results)
 from .files import (
-    folder_lock, make_folder, read_json, write_atomically, write_json)
+    check_place, folder_lock, make_folder, read_json, write_json)
 from .runs import export_pretrained
 from .threads import fixed_threads, use_threads
 
@@ -173,9 +173,7 @@ def reproduce(name: str, tier: str = "cpu", seeds: int = 1, first_seed: int = 0,
     deadline = None if budget is None else started + budget
     make_folder(path.parent)
     with folder_lock(path.parent, wait=True):
-        # a bad place is found first
-        write_atomically(path.with_name(f".{path.name}.try"), b"")
-        path.with_name(f".{path.name}.try").unlink()
+        check_place(path)
         result = continued(path, experiment, tier)
     done = result["config"]["seeds"] if result else []
     missing = [s for s in range(first_seed, first_seed + seeds) if s not in done]
@@ -209,6 +207,7 @@ def add_seeds(labs: list[Lab], result: Mapping[str, Any] | None, path: Path,
             add_seed(lab, proof, path)
         return read_results(path)
     left = first.deadline and max(0.0, first.deadline - time.monotonic())
+    check_place(first.folder, folder=True)
     make_folder(first.folder)
     with tempfile.TemporaryDirectory(prefix=".jobs-", dir=first.folder,
                                      ignore_cleanup_errors=True) as place:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'MAX_CONDITION_ROWS', 'row_misfits', 'tensor_misfits', 'load_tensors', 'versions', 'save',
-           'pretrained_models', 'read_weights', 'warn_unfinished', 'load', 'find_run', 'export_pretrained',
-           'saved_states', 'state_file', 'save_state', 'load_state', 'Run']
+           'pretrained_models', 'read_weights', 'warn_unfinished', 'check_device', 'load', 'find_run',
+           'export_pretrained', 'saved_states', 'state_file', 'save_state', 'load_state', 'Run']
 
 # %% ../nbs/library/806_runs.ipynb #2da98d8a
 import os
@@ -24,7 +24,8 @@ from .cards import model_config, model_from_card, read_card
 from .conditions import accepted
 from .contracts import Model
 from .files import (
-    DamagedFile, json_bytes, make_folder, read_tensors, write_atomically, write_tensors)
+    DamagedFile, json_bytes, make_folder, place_error, read_tensors, write_atomically,
+    write_tensors)
 
 # %% ../nbs/library/806_runs.ipynb #7fc3c244
 PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -162,6 +163,26 @@ def warn_unfinished(folder: Path, card: dict[str, Any]) -> None:
                   "same fit or train command resumes it", stacklevel=3)
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """A device, if it is on this machine.
+
+    Raises:
+        ValueError: another one, or none; the message says which are here.
+    """
+    here, kind = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
+        numbers = range(torch.accelerator.device_count())
+        here += [kind.type, *(f"{kind.type}:{i}" for i in numbers)]
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type != "cpu" and str(found) not in here:
+        raise ValueError(f"device {str(device)!r} is not on this machine; "
+                         f"{accepted(here)}")
+    return found
+
+
 def load(source: str | Path, cls: type[Model] | None = None,
          device: str | torch.device = "cpu") -> Model:
     """Load a model, ready to sample.
@@ -170,19 +191,19 @@ def load(source: str | Path, cls: type[Model] | None = None,
         source: run folder, with `card.json` and `model.safetensors`, or a name of
             `pretrained_models()`.
         cls: the model's class, if it is not one of `condgen.models`.
-        device: where to put it.
+        device: where to put it; one of this machine.
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it yet.
         DamagedFile: a file is torn, altered, or belongs to another class. Nothing is
             ever unpickled.
         ValueError: the card names an unknown class, or arguments that do not fit or
-            need more memory than the weights do.
+            need more memory than the weights do, or the device is not here.
 
     Warns:
         UserWarning: the training did not reach its end.
     """
-    folder = Path(source)
+    folder, device = Path(source), check_device(device)
     if not (folder / "card.json").is_file():
         folder = pretrained_models().get(str(source), folder)
     if not (folder / "card.json").is_file():
@@ -306,9 +327,8 @@ def save_state(out: Path, images: int, tensors: dict[str, Tensor],
             shutil.rmtree(target)
         os.rename(temporary, target)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {target}: {reason}; "
-                      "the states before are unchanged") from error
+        raise place_error("write", target, error,
+                          "the states before are unchanged") from error
     write_atomically(root / "latest", name.encode())
     found = saved_states(root)
     newer = [p for p in found if p.name > name]

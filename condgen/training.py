@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import numbers
+import os
 import signal
 import threading
 import time
@@ -28,9 +29,9 @@ from .conditions import accepted, check_positive_integer
 from .contracts import Model, Stage
 from .distributed import (
     average_over_processes, broadcast_value, check_same_folder, make_accelerator)
-from condgen.files import (
-    DamagedFile, folder_lock, make_folder, read_json, read_log, write_atomically,
-    write_json)
+from .files import (
+    DamagedFile, folder_lock, make_folder, place_error, read_json, read_log,
+    write_atomically, write_json)
 from .runs import (Run, load_state, load_tensors, read_weights, save, save_state,
                           saved_states, state_file, versions)
 from .states import played_images, state_misfits
@@ -80,8 +81,10 @@ def first_difference(have: Any, asked: Any, path: str = "") -> str:
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder has a card, and weights or a state; a card alone is no run."""
-    return (folder / "card.json").exists() and bool(
-        (folder / "model.safetensors").exists() or saved_states(folder / "state"))
+    # not Path.exists, which fails in a folder without access
+    return os.path.exists(folder / "card.json") and bool(
+        os.path.exists(folder / "model.safetensors")
+        or saved_states(folder / "state"))
 
 
 def resumable_card(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -157,14 +160,20 @@ def begun_precision(folder: Path | None) -> dict[str, bool]:
     return {name: bool(stage["bf16"]) for name, stage in stages.items()}
 
 
-def check_batches(stages: list[Stage], model: Model, processes: int) -> None:
-    """Raise ValueError for batches too small for the processes or batch norm."""
+def check_batches(stages: list[Stage], model: Model, processes: int,
+                  most: float = math.inf) -> None:
+    """Raise ValueError for batches too small for processes or batch norm, or too large.
+
+    Above `most`, the number of training images, a batch takes some of them twice.
+    """
     least = processes * (
         2 if any(isinstance(m, nn.BatchNorm1d) for m in model.modules()) else 1)
+    most = max(most, least)
+    limit = "or more" if most == math.inf else f"to {most}, the training images"
     for stage in stages:
-        if stage.batch < least:
+        if not least <= stage.batch <= most:
             raise ValueError(f"stage {stage.name!r}: batch={stage.batch} for "
-                             f"{processes} process(es); accepted: {least} or more")
+                             f"{processes} process(es); accepted: {least} {limit}")
 
 
 def decide_precision(stages: list[Stage], precision: str | None, accelerator: Any,
@@ -260,8 +269,8 @@ class RunWriter:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise OSError(f"cannot write {path}: {error.strerror}; "
-                              "the last saved state is unchanged") from error
+                raise place_error("write", path, error,
+                                  "the last saved state is unchanged") from error
 
     def keep(self, trainer: Trainer) -> None:
         """Save the trainer's state."""
@@ -419,7 +428,8 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
         out: run folder, the same for all processes; None keeps everything in memory.
         images: length in images, of every stage or by stage name, instead of the
             model's own.
-        batch: images per batch over all processes, instead of the model's own.
+        batch: images per batch over all processes, instead of the model's own; at most
+            the training images.
         seed: of all noise and of the data order. The weights' start is the caller's:
             seed before building the model.
         precision: `"no"` or `"bf16"` for all stages; None: as `accelerate launch` says,
@@ -435,9 +445,9 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
 
     Raises:
         ValueError: an argument of another type, unknown stage in `images`, a batch too
-            small to normalise, `out` holds a run with other settings or another process
-            trains there, other shape or conditions in `data`, or processes that do not
-            see the same `out`.
+            small to normalise or larger than the training part, `out` holds a run with
+            other settings or another process trains there, other shape or conditions in
+            `data`, or processes that do not see the same `out`.
         DamagedFile: the card of the run in `out` lacks a field, or a field is of
             another type.
         OSError: `out` cannot be written.
@@ -448,7 +458,8 @@ def fit(model: Model, data: Data, out: str | Path | None = None, *,
     seed, accelerator = int(seed), make_accelerator(precision)
     deadline = math.inf if budget is None else time.monotonic() + budget
     stages = set_stage_lengths(model.stages(), images, batch)
-    check_batches(stages, model, accelerator.num_processes)
+    check_batches(stages, model, accelerator.num_processes,
+                  len(next(iter(data.table("train").values()))) if batch else math.inf)
     set_condition_rows(model, data)
     folder = Path(out) if out is not None else None
     decide_precision(stages, precision, accelerator, folder)

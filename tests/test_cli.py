@@ -288,15 +288,48 @@ def test_faces_that_do_not_fit_are_not_drawn(name, tmp_path, monkeypatch, capsys
     ["benchmark", "-o", "file/b.json"],
     ["data", "prepare", "lfw", "--from", ".", "--out", "file"],
 ], ids=lambda command: command[0])
-def test_a_bad_place_is_found_before_any_work(command, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
+@pytest.mark.parametrize("denied", [False, True], ids=["a file", "no permission"])
+def test_a_bad_place_is_found_before_any_work(command, denied, tmp_path, monkeypatch,
+                                              capsys):
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    place = tmp_path / "file"
+    if denied:
+        place.mkdir()
+        monkeypatch.setattr("condgen.files.tempfile.TemporaryFile", deny)
+    else:
+        place.touch()
     for work in ("runs.load", "recipes.prepare", "reproduction.reproduce",
                  "reproduction.record_probe", "experiments.speed.benchmark",
                  "downloads.prepare"):
         monkeypatch.setattr(f"condgen.{work}", lambda *a, **k: pytest.fail("work"))
     code, said = called(command, monkeypatch, capsys, tmp_path)
     assert code == 2 and said.startswith("error: cannot")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    reason = "Permission denied in folder file; choose another one" if denied else ""
+    assert reason in said or "as a picture" in said
+    assert [p.name for p in tmp_path.rglob("*")] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_launcher_variable_without_a_number_is_named(name, tmp_path, monkeypatch,
+                                                       capsys):
+    monkeypatch.setenv(name, "x")
+    code, said = called(["train", "glow-digits", *TINY], monkeypatch, capsys, tmp_path)
+    assert code == 2 and said.startswith(f"error: environment variable {name}='x'; ")
+    assert said.count("\n") == 1 and not any(tmp_path.iterdir())
+
+
+def test_samples_that_are_no_numbers_are_counted(tmp_path, monkeypatch, capsys):
+    import torch
+
+    samples = torch.ones(8, 1, 16, 16)
+    samples[2, 0, 3, 3], samples[5, 0, :2] = torch.nan, torch.inf
+    monkeypatch.setattr("condgen.evaluation.generate", lambda *a, **k: samples)
+    code, said = called(["sample", "caglow-digits", "-n", "8", "-o", "x.png"],
+                        monkeypatch, capsys, tmp_path)
+    assert code == 2 and said.startswith("error: 2 of 8 images have values that are ")
+    assert not any(tmp_path.iterdir())
 
 
 def test_evaluate_checks_its_place_before_any_work(tmp_path, monkeypatch, capsys):

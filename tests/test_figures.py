@@ -37,6 +37,17 @@ def test_sheet(n, rows, shape, channels):
     assert fg.sheet(x, rows, gap=(3, 2), zoom=2)[:16:2, :16:2].equal(s[:8, :8])
 
 
+@pytest.mark.parametrize("draw", [
+    fg.sheet, fg.image_grid, lambda x: fg.traversal(x.view(2, 2, 1, 8, 8)),
+    lambda x: fg.save_image(x, "none/a.png")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_images_that_are_no_numbers_are_counted(draw, value):
+    x = images(4)
+    x[1, 0, 2, 2] = x[3] = value
+    with pytest.raises(ValueError, match="^2 of 4 images have values that are infinite"):
+        draw(x)
+
+
 def test_figures_refuse_invalid_arguments():
     for bad in (images(4) * 1.1, images(4) - 1, images(4)[0], images(4, 2),
                 images(4)[:0], images(4) * torch.nan):

@@ -19,7 +19,7 @@ from condgen import lab as lab_module
 from condgen import recipes, reproduction
 from condgen.files import FolderInUse, read_log, read_tensors
 from condgen.jobs import Task, candidates, run_tasks
-from condgen.lab import Experiment, Lab, OutOfTime
+from condgen.lab import Experiment, Lab, OutOfTime, find_experiment
 from condgen.recipes import find
 from condgen.reproduction import reproduce
 from condgen.results import read_results, result_path, row
@@ -311,3 +311,22 @@ def test_kills_and_ctrl_c_lose_nothing(tmp_path, monkeypatch):
     for k in range(2):
         found = read_tensors(tmp_path / f"run{k}" / "model.safetensors")[0]
         assert all(torch.equal(found[name], t) for name, t in whole.items())
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_places_without_permission_are_named_before_any_work(jobs, tmp_path,
+                                                             monkeypatch):
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("condgen.files.tempfile.TemporaryFile", deny)
+    monkeypatch.setattr(reproduction, "probe", lambda experiment: {})
+    path = tmp_path / "r.json"
+    with pytest.raises(OSError, match=f"write {path}: Permission denied in folder .*; "
+                                      "choose another one"):
+        reproduce("caglow/digits", "tiny", runs=tmp_path, results=path, jobs=jobs)
+    if jobs > 1:
+        lab = Lab(find_experiment("caglow/digits"), "tiny", 0, tmp_path)
+        with pytest.raises(OSError, match=f"{tmp_path}: Permission denied in folder"):
+            reproduction.add_seeds([lab], None, path, jobs)
+    assert not any(tmp_path.iterdir())

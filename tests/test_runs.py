@@ -7,18 +7,19 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from condgen import runs
+from condgen import figures, files, runs
 from condgen.cards import build_stages, model_config, model_from_card
 from condgen.conditions import Binary, Classes, Code
 from condgen.contracts import Model, Stage
 from condgen.files import (
-    DamagedFile, digest, folder_lock, read_json, read_log, read_tensors,
-    write_atomically, write_json, write_tensors)
+    DamagedFile, check_place, digest, folder_lock, make_folder, read_json, read_log,
+    read_tensors, write_atomically, write_json, write_tensors)
 from condgen.models.glow import Glow
 from condgen.runs import Run, load, load_state, save, save_state, saved_states
 
@@ -466,6 +467,38 @@ def test_unwritable_places_are_named(tmp_path):
         write_atomically(tmp_path / "none/a", b"")
 
 
+WRITERS = {  # the call that is denied, and what makes it
+    "folder": (Path, "mkdir", lambda out: make_folder(out / "a" / "b")),
+    "file": (files, "open", lambda out: write_json(out / "a.json", {})),
+    "name": (files.os, "replace", lambda out: write_json(out / "a.json", {})),
+    "trial": (files.tempfile, "TemporaryFile", lambda out: check_place(out / "a.json")),
+    "lock": (files.os, "open", lambda out: folder_lock(out).__enter__()),
+    "model": (files, "open", lambda out: save(toy(), out)),
+    "state": (runs.os, "rename", lambda out: save_state(out, 8, {}, {})),
+    "picture": (files.tempfile, "TemporaryFile",
+                lambda out: figures.save_image(torch.ones(1, 1, 2, 2), out / "a.png")),
+    "report": (files, "open",
+               lambda out: figures.write_report(out / "a.html", "t", [])),
+}
+
+
+def deny(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_without_permission_is_named(kind, tmp_path, monkeypatch):
+    owner, name, write = WRITERS[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, deny, raising=False)
+        with pytest.raises(OSError) as found:
+            write(tmp_path)
+    place = tmp_path / "state" if kind == "state" else tmp_path
+    assert (f"Permission denied in folder {place}; choose another one, or allow "
+            "reading and writing there" in str(found.value))
+    assert str(found.value).startswith("cannot ") and not list(tmp_path.glob("[!s]*"))
+
+
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
@@ -582,3 +615,20 @@ def test_conditions_survive(tmp_path):
     model = Toy([Binary("b"), Code("u", 2, "binary")])  # noqa: F821
     save(model, tmp_path)
     assert load(tmp_path, cls=type(model)).conditions == model.conditions
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "meta", "gpu", 0, None])
+def test_a_device_that_is_not_here_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    with pytest.raises(ValueError, match="is not on this machine; accepted: cpu$"):
+        load("caglow-digits", device=device)
+
+
+def test_devices_of_this_machine_are_accepted(monkeypatch):
+    kind = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: kind)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:1", torch.device("cuda", 0)):
+        assert runs.check_device(name) == torch.device(name)
+    with pytest.raises(ValueError, match="'cuda:2' .*: cpu, cuda, cuda:0, cuda:1"):
+        runs.check_device("cuda:2")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from condgen import runs
+from condgen import runs, training
 from condgen.conditions import Binary, Real, Schema
 from condgen.contracts import Batch, Model, Noise, Player, Stage, seed_of
 from condgen.files import DamagedFile, read_log, read_tensors, write_tensors
@@ -705,16 +705,34 @@ def test_lengths_are_overridden_by_number_and_by_name():
     ({"batch": 0}, "stage 'first': batch=0"),
     ({"batch": 1.5}, "stage 'first': batch=1.5; accepted: an integer, 1 or more"),
     ({"batch": True}, "stage 'first': batch=True"),
+    ({"batch": 41}, "stage 'first': batch=41 for 1 process(es); accepted: 2 to 40"),
+    ({"batch": 10**6}, "accepted: 2 to 40, the training images"),
     ({"seed": "x"}, "seed='x'; accepted: an integer"),
     ({"seed": 1.0}, "seed=1.0; accepted: an integer"),
     ({"budget": "9m"}, "budget='9m'; accepted: seconds, 0 or more"),
     ({"budget": math.nan}, "budget=nan; accepted: seconds, 0 or more"),
     ({"save_every": -1}, "save_every=-1; accepted: seconds, 0 or more"),
     ({"precision": "fp16"}, "precision='fp16'; accepted: no, bf16")])
-def test_settings_are_refused(options, message):
+def test_settings_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError) as found:
-        fit(two(), Points(), progress=False, **options)
-    assert message in str(found.value)
+        fit(two(), Points(), tmp_path / "run", progress=False, **options)
+    assert message in str(found.value) and not any(tmp_path.iterdir())
+
+
+def test_batches_may_be_as_large_as_the_training_part():
+    assert fit(two(), Points(), images=40, batch=40, progress=False).finished
+    # a model's own batch may exceed a small set
+    assert fit(two(), Points(3), images=8, progress=False).finished
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("given", ["x", "", "1.5", "-2"])
+def test_launcher_variables_without_a_number_are_named(name, given, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.setenv(name, given)
+    with pytest.raises(ValueError, match=f"variable {name}='{given}'; accepted: an int"):
+        fit(two(), Points(), tmp_path / "run", progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path):
@@ -939,6 +957,27 @@ def test_unwritable_folder_is_refused_before_training(tmp_path):
     with pytest.raises(OSError,
                        match=r"cannot make folder .*file.run: .*; choose another one"):
         fit(model, Points(), tmp_path / "file/run", progress=False)
+
+
+def deny(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_folder_without_access_is_named(tmp_path, monkeypatch):
+    seen = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: (
+        deny if Path(os.fspath(path)).parent == tmp_path else seen)(path, **options))
+    monkeypatch.setattr(os, "open", deny)
+    with pytest.raises(OSError, match="cannot open folder .*: Permission denied in "
+                                      "folder .*; choose another one"):
+        fit(two(), Points(), tmp_path, progress=False)
+
+
+def test_a_log_without_permission_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "open", deny, raising=False)
+    with pytest.raises(OSError, match=r"log\.jsonl: Permission denied in folder .*; "
+                       "choose another one, .*; the last saved state is unchanged"):
+        fit(two(), Points(), tmp_path, progress=False)
 
 
 def test_card_records_data_settings_and_versions(tmp_path):
