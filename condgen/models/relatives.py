@@ -451,7 +451,7 @@ class BEGAN(EnergyModel):
         check_below_one(hold=hold)
         self.set_point, self.hold = set_point, hold
         self.controller = Controller(gain, start=start)
-        self.register_buffer("error", torch.tensor(0.0))  # of the last batch
+        self.register_buffer("energies", torch.zeros(2))  # real, fake; last batch
 
     def discriminator_loss(self, batch: Batch) -> Terms:
         """L(x) − k·L(G(z)) with the k of the step before."""
@@ -462,13 +462,15 @@ class BEGAN(EnergyModel):
         real = self.energy_of(2 * batch.x.to(fake) - 1)[0].mean()
         made = self.energy_of(fake)[0].mean()
         with torch.no_grad():
-            self.error.copy_(balance_error(real, made, set_point=self.set_point))
+            self.energies.copy_(torch.stack([real, made]))
         return {"real": (1.0, real), "made": (-self.controller.k.clone(), made)}
 
     def balance(self, batch: Batch) -> Terms:
         """One step of the controller; the terms are logged."""
-        return {"error": (0.0, self.error.clone()),
-                "k": (0.0, self.controller.update(self.error))}
+        real, fake = self.energies.clone()
+        error = balance_error(real, fake, set_point=self.set_point)
+        return {"real": (0.0, real), "fake": (0.0, fake), "error": (0.0, error),
+                "k": (0.0, self.controller.update(error))}
 
     def players(self, stage: Stage) -> list[Player]:
         """The energy's autoencoder, the generator, then the controller of k."""
