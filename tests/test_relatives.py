@@ -138,7 +138,7 @@ def encoder_gradient_holds(kind):
         kl = 0.5 * (mean**2 + log_std.exp() ** 2 - 1 - 2 * log_std).sum(1).mean()
         h = [model.trunk(2 * x - 1) for x in (batch.x, model.generate(None, z))]
         return {"f": (0.5, (h[0] - h[1]).square().mean()),
-                "KL": (0.5 / model.features, kl)}
+                "KL": (0.5 / model.feature_size, kl)}
 
     player = players_of(model)["encoder"]
     found, wanted = (gradients(model, player, batch, loss) for loss in (None, alone))
@@ -202,7 +202,7 @@ def test_energy_and_pulling_away_by_hand():
 
 
 def test_ebgan_terms_and_margin():
-    model, batch = build(EBGAN, margin=3.0).eval(), batch_of((), 8)
+    model, batch = build(EBGAN, margin=2.0).eval(), batch_of((), 8)
     fake = 2 * model.generate(None, batch.randn("z", 6)) - 1
     real, made = (model.energy_of(x)[0] for x in (2 * batch.x - 1, fake))
     model.real_energy.fill_(0.4)
@@ -210,7 +210,7 @@ def test_ebgan_terms_and_margin():
     mean = 0.4 + 0.01 * (real.mean() - 0.4)
     assert torch.isclose(model.real_energy, mean)
     assert torch.isclose(terms["real"][1], real.mean(), atol=1e-6)
-    assert torch.isclose(terms["margin"][1], F.relu(3 * mean - made).mean(), atol=1e-6)
+    assert torch.isclose(terms["margin"][1], F.relu(2 * mean - made).mean(), atol=1e-6)
     terms = model.generator_loss(batch)
     assert torch.isclose(terms["G"][1], made.mean(), atol=1e-6)
     pulled = pulling_away(model.energy_encoder(fake))
@@ -360,7 +360,7 @@ def test_smoothed_label_moves_the_optimum(label):
 def test_improved_gan_terms():
     model, batch = build(ImprovedGAN).eval(), batch_of((), 8)
     fake = model.generate(None, batch.randn("z", 6))
-    h = [model.features(x) for x in (batch.x, fake)]
+    h = [model.matched(x) for x in (batch.x, fake)]
     terms = model.generator_loss(batch)
     assert terms["features"][0] == 10
     assert torch.isclose(terms["features"][1], feature_matching(*h), atol=1e-7)

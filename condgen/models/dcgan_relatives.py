@@ -146,7 +146,7 @@ class ImprovedGAN(DCGAN):
         layer = MinibatchFeatures(features, self.kernels)
         return generator, nn.Sequential(*trunk, layer), features + self.kernels
 
-    def features(self, x: Tensor) -> Tensor:
+    def matched(self, x: Tensor) -> Tensor:
         """Features of images in [0, 1] in front of the minibatch layer, `(n, k)`."""
         return self.trunk[: len(self.trunk) - (self.kernels is not None)](2 * x - 1)
 
@@ -164,9 +164,9 @@ class ImprovedGAN(DCGAN):
         terms = {"G": (1.0, self.game.generator(self.discriminate(fake)[0]))}
         if self.feature_weight:
             with torch.no_grad():
-                real = self.features(batch.x.to(fake))
+                real = self.matched(batch.x.to(fake))
             terms["features"] = (self.feature_weight,
-                                 feature_matching(real, self.features(fake)))
+                                 feature_matching(real, self.matched(fake)))
         return terms
 
 # %% ../../nbs/autoencoders/410_dcgan_relatives.ipynb #dc0454bd

@@ -47,7 +47,7 @@ class AdversarialTraining:
         self.modern, self.lr, self.betas = modern, lr, (0.0 if modern else 0.5, 0.999)
 
     def player(self, name: str, *parts: nn.Module, first: bool = False) -> Player:
-        """A player with `self.NAME_loss` that moves the parts; the first draws a batch."""
+        """A player whose loss is `self.NAME_loss`; the first one draws a batch."""
         return adam_player(name, nn.ModuleList(parts).parameters(),
                            getattr(self, f"{name}_loss"), self.lr, self.betas,
                            fresh=first)
@@ -73,7 +73,7 @@ class InferenceModel(AdversarialTraining, AutoencoderModel):
         trunk, size = downsampling_network(self.shape, 2 * width, "batch")
         self.encoder = nn.Sequential(trunk, nn.Linear(size, 2 * latent))
         self.generator = upsampling_network(latent, self.shape, width, "batch")
-        self.trunk, self.features = downsampling_network(self.shape, 2 * width)
+        self.trunk, self.feature_size = downsampling_network(self.shape, 2 * width)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of q(z|x), each `(n, latent)`."""
@@ -145,7 +145,7 @@ class VAEGAN(InferenceModel):
         super().__init__(shape, latent, width, modern, penalty, lr)
         check_nonnegative(feature_weight=feature_weight, kl_weight=kl_weight)
         self.feature_weight, self.kl_weight = feature_weight, kl_weight
-        self.real = nn.Linear(self.features, 1)
+        self.real = nn.Linear(self.feature_size, 1)
 
     def critic(self, x: Tensor) -> Tensor:
         """Logits `(n,)` of images in [0, 1]."""
@@ -170,8 +170,9 @@ class VAEGAN(InferenceModel):
         """Feature loss and KL; no loss of the game."""
         z, mean, log_std = self.draw_code(batch)
         found = self.feature_loss(batch.x.to(z), self.generate(None, z))
-        return {"features": (1.0, found), "KL": (self.kl_weight / self.features,
-                                                 kl_gaussian(mean, log_std).mean())}
+        return {"features": (1.0, found),
+                "KL": (self.kl_weight / self.feature_size,
+                       kl_gaussian(mean, log_std).mean())}
 
     def generator_loss(self, batch: Batch) -> Terms:
         """Feature loss, and the game on reconstructions and on samples."""
@@ -227,7 +228,7 @@ class ALI(InferenceModel):
         wide = 16 * width
         self.code_trunk = nn.Sequential(nn.Linear(latent, wide), nn.LeakyReLU(0.2),
                                         nn.Linear(wide, wide), nn.LeakyReLU(0.2))
-        self.real = nn.Sequential(nn.Linear(self.features + wide, wide),
+        self.real = nn.Sequential(nn.Linear(self.feature_size + wide, wide),
                                   nn.LeakyReLU(0.2), nn.Linear(wide, 1))
 
     def critic(self, pairs: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ class ALI(InferenceModel):
                 self.player("generator", self.encoder, self.generator)]
 
 # %% ../../nbs/autoencoders/405_relatives.ipynb #435534d8
-ENERGY_SCALE = 10.0  # logits per unit of energy of a modern energy model
+ENERGY_SCALE = 3.0  # logits per unit of energy of a modern energy model
 
 
 def energy(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -393,7 +394,7 @@ class EBGAN(EnergyModel):
     """
 
     def __init__(self, shape: tuple[int, int, int], noise: int = 64, width: int = 16,
-                 margin: float = 2.0, pulling_weight: float = 0.1,
+                 margin: float = 3.0, pulling_weight: float = 0.1,
                  modern: bool = False, penalty: float = 1.0, lr: float = 1e-3):
         super().__init__(shape, noise, width, modern, penalty, lr)
         check_nonnegative(margin=margin, pulling_weight=pulling_weight)
@@ -444,7 +445,7 @@ class BEGAN(EnergyModel):
 
     def __init__(self, shape: tuple[int, int, int], noise: int = 64, width: int = 16,
                  set_point: float = 0.7, gain: float = 0.2, start: float = 0.1,
-                 hold: float = 0.0, modern: bool = False, penalty: float = 1.0,
+                 hold: float = 0.3, modern: bool = False, penalty: float = 1.0,
                  lr: float = 1e-3):
         super().__init__(shape, noise, width, modern, penalty, lr)
         check_nonnegative(set_point=set_point, gain=gain, start=start)
