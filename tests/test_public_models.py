@@ -21,7 +21,7 @@ SHAPE = (3, 16, 16)
 SMALL = {"levels": 2, "depth": 1, "width": 4, "hidden": 8, "noise": 4, "latent": 4,
          "code": 4}
 REQUIRED = {"weight": 0.1, "lr": 1e-3, "game": "hinge", "likelihood": "gaussian",
-            "conditions": [Classes("k", 3)]}
+            "modern": False, "penalty": 1.0, "conditions": [Classes("k", 3)]}
 KINDS = {name: getattr(cg, name) for name in cg.model_modules()}
 IMAGE_VERBS = "encode", "reconstruct", "edit", "log_prob", "elbo", "features"
 
