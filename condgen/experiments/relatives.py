@@ -292,7 +292,7 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
                                 at, n=n))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #ce41b3be
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #cf3e8293
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
@@ -305,7 +305,8 @@ DCGAN_SIZES = {"tiny": {"width": 8}, "cpu": {"width": 16},
                "full": {"width": 128, "lr": 2e-4}}
 PAPER_AVAE = {"networks": "pairs", "width": 128, "gamma": 0.1, "set_point": 0.5,
               "gains": (1e-3, 1e-5, 1e-5), "start": 0.0, "warm_up": 0.0, "lr": 5e-5}
-AVAE_SIZES = SIZES | {"full": PAPER_AVAE}
+AVAE_SIZES = SIZES | {"cpu": {"width": 8, "set_point": 1.1, "lr": 3e-3},
+                      "full": PAPER_AVAE}
 PLACES = {"VAEGAN": "relatives", "ALI": "relatives", "EBGAN": "relatives",
           "BEGAN": "relatives", "BEGANStar": "avae", "AVAE": "avae", "DCGAN": "dcgan",
           "BoundarySeekingGAN": "dcgan_relatives", "ImprovedGAN": "dcgan_relatives",
@@ -342,7 +343,7 @@ RECIPES = [
       for model in NAMES),
 ]
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #1fd345b8
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #66c0ba4a
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
@@ -362,9 +363,9 @@ ENCODING = {("VAE", ""): "vae-portraits", ("VAE-GAN", ""): "vaegan-portraits",
             ("ALI", ""): "ali-portraits", ("AVAE", ""): "avae-portraits"}
 BALANCES = {f"set-point {eta:g}": {"set_point": eta} for eta in (0.5, 0.8, 1.0, 1.2)}
 BALANCES |= {"set-point 0.5, printed sign": {"set_point": 0.5, "form": "literal"},
-             "set-point 1, integral gain only": {"gains": (0.2, 0.0, 0.0)},
-             "set-point 1, printed gains": {"gains": (1e-3, 1e-5, 1e-5)},
-             "set-point 1, literal KL sum": {"kl_weight": 256.0}}
+             "integral gain only": {"set_point": 1.0, "gains": (0.2, 0.0, 0.0)},
+             "printed gains": {"set_point": 1.0, "gains": (1e-3, 1e-5, 1e-5)},
+             "literal KL sum": {"set_point": 1.0, "kl_weight": 256.0}}
 
 
 def plot_family(lab: Lab, rows: Rows, path: Path) -> None:
