@@ -2073,6 +2073,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                               'condgen.runs.tensor_misfits': ('library/runs.html#tensor_misfits', 'condgen/runs.py'),
                               'condgen.runs.versions': ('library/runs.html#versions', 'condgen/runs.py'),
                               'condgen.runs.warn_unfinished': ('library/runs.html#warn_unfinished', 'condgen/runs.py')},
+            'condgen.solvable': {},
             'condgen.stability': {},
             'condgen.states': { 'condgen.states.StateFacts': ('library/states.html#statefacts', 'condgen/states.py'),
                                 'condgen.states.load_optimizer_tensors': ( 'library/states.html#load_optimizer_tensors',

@@ -31,7 +31,7 @@ LAZY = {"torchvision", "torchmetrics", "sklearn", "openTSNE", "imagehash", "matp
 AT_HOME = {"explore": {"ipywidgets", "anywidget"}, "game_explorer": {"ipywidgets"},
            "__main__": {"typer"}, "arguments": {"typer"}}
 MATHEMATICS = ("bijections", "blocks", "bounds", "divergences", "games", "instability",
-               "reversible")
+               "reversible", "solvable")
 TORCH_ONLY = {**dict.fromkeys(MATHEMATICS, {"torch", "numpy"}),
               "checks": {"torch"}, "conditions": {"torch", "numpy"}, "contracts": {"torch"},
               "drawing": {"torch"}, "faces": {"torch", "numpy"}, "files": {"torch"},
