@@ -98,7 +98,7 @@ class InferenceModel(AdversarialTraining, AutoencoderModel):
         """Images in [0, 1] from codes `(n, latent)`; c has no columns."""
         return torch.sigmoid(self.generator(z))
 
-# %% ../../nbs/autoencoders/405_relatives.ipynb #6bfd58c2
+# %% ../../nbs/autoencoders/405_relatives.ipynb #1036b6ac
 def feature_nll(features: Tensor, target: Tensor) -> Tensor:
     """−log N(target; features, 1) without its constant, per feature, `(n,)`.
 
@@ -111,7 +111,7 @@ def feature_nll(features: Tensor, target: Tensor) -> Tensor:
     """
     return 0.5 * (features - target).square().mean(1)
 
-
+# %% ../../nbs/autoencoders/405_relatives.ipynb #6bfd58c2
 class VAEGAN(InferenceModel):
     """VAE whose reconstructions are measured on the features of a discriminator.
 
@@ -275,7 +275,7 @@ class ALI(InferenceModel):
                             first=True),
                 self.player("generator", self.encoder, self.generator)]
 
-# %% ../../nbs/autoencoders/405_relatives.ipynb #435534d8
+# %% ../../nbs/autoencoders/405_relatives.ipynb #9152e6d0
 ENERGY_SCALE = 3.0  # logits per unit of energy of a modern energy model
 
 
@@ -302,7 +302,7 @@ def pulling_away(codes: Tensor) -> Tensor:
     squares, n = (unit @ unit.T).square(), len(codes)
     return (squares.sum() - squares.diagonal().sum()) / max(1, n * (n - 1))
 
-
+# %% ../../nbs/autoencoders/405_relatives.ipynb #8f3951b5
 class EnergyModel(AdversarialTraining, GeneratorModel):
     """Generator and an autoencoder whose reconstruction error is an image's energy.
 
