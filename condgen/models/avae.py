@@ -18,7 +18,7 @@ from .autoencoder import AutoencoderModel
 from .relatives import BEGAN, EnergyModel, energy
 from .vae import reparametrize
 
-# %% ../../nbs/autoencoders/407_avae.ipynb #c612430d
+# %% ../../nbs/autoencoders/407_avae.ipynb #21ffb296
 def count_pairs(shape: tuple[int, int, int]) -> int:
     """How many pairs of convolutions lead from `(c, s, s)` to 8×8: log₂(s) − 2.
 
@@ -75,7 +75,7 @@ def pair_decoder(code: int, shape: tuple[int, int, int], width: int) -> nn.Seque
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ELU()]
     return nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, padding=1))
 
-# %% ../../nbs/autoencoders/407_avae.ipynb #7be5c8a0
+# %% ../../nbs/autoencoders/407_avae.ipynb #69a5476e
 class BEGANStar(BEGAN):
     """BEGAN with the controller of Khan et al. and, optionally, a learned similarity.
 
@@ -122,7 +122,7 @@ class BEGANStar(BEGAN):
             terms["similarity"] = self.similarity_weight, difference
         return terms
 
-# %% ../../nbs/autoencoders/407_avae.ipynb #a3d32259
+# %% ../../nbs/autoencoders/407_avae.ipynb #68e301db
 NETWORKS, FORMS = ("strided", "pairs"), ("corrected", "literal")
 
 
