@@ -75,7 +75,7 @@ def pair_decoder(code: int, shape: tuple[int, int, int], width: int) -> nn.Seque
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ELU()]
     return nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, padding=1))
 
-# %% ../../nbs/autoencoders/407_avae.ipynb #69a5476e
+# %% ../../nbs/autoencoders/407_avae.ipynb #5c056446
 class BEGANStar(BEGAN):
     """BEGAN with the controller of Khan et al. and, optionally, a learned similarity.
 
@@ -105,7 +105,7 @@ class BEGANStar(BEGAN):
     def __init__(self, shape: tuple[int, int, int], noise: int = 64, width: int = 16,
                  similarity_weight: float = 0.0, set_point: float = 0.7,
                  gains: tuple[float, float, float] = (0.2, 0.2, 0.0),
-                 start: float = 0.1, hold: float = 0.0, lr: float = 1e-3):
+                 start: float = 0.1, hold: float = 0.3, lr: float = 1e-3):
         super().__init__(shape, noise, width, set_point, start=start, hold=hold, lr=lr)
         check_nonnegative(similarity_weight=similarity_weight)
         self.similarity_weight = similarity_weight
