@@ -80,9 +80,9 @@ def test_law_4_each_player_updates_its_own_parts(kind, options):
 
 
 @EVERY
-def test_training_is_stable_and_reloads(kind, options, tmp_path):
+def test_models_train_and_reload(kind, options, tmp_path):
     model = build(kind, **options)
-    fit(model, Bars(()), images=640, progress=False)
+    fit(model, Bars(()), images=160, progress=False)
     assert model.sample(8, generator=seeded()).isfinite().all()
     save(model, tmp_path / "run")
     again = load(tmp_path / "run")
@@ -182,8 +182,8 @@ def test_vaegan_judges_reconstructions_and_samples():
 def test_vaegan_learns_to_reconstruct():
     model, x = build(VAEGAN, feature_weight=10.0), Bars().split_images("test")
     before = (model.reconstruct(x) - x).abs().mean()
-    fit(model, Bars(()), images=6_400, progress=False)
-    assert (model.reconstruct(x) - x).abs().mean() < 0.6 * before
+    fit(model, Bars(()), images=3_200, progress=False)
+    assert (model.reconstruct(x) - x).abs().mean() < 0.7 * before
 
 
 # Energies
@@ -313,7 +313,7 @@ def test_ali_discriminator_reads_both_parts_of_a_pair():
     assert (slope[:, 64:].abs().sum(1) > 0).all()
 
 
-def test_ali_logs_the_error_of_its_cycle_without_learning_from_it():
+def test_ali_logs_its_cycle_without_learning_from_it():
     model, batch = build(ALI).train(), batch_of((), 8)
     player = players_of(model)["generator"]
     found = gradients(model, player, batch)

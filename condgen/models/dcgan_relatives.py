@@ -28,7 +28,7 @@ def boundary_seeking_generator(fake: Tensor) -> Tensor:
         Scalar in nats² ≥ 0; 0 where D = ½.
 
     References:
-        Hjelm et al. 2018, §3.
+        Hjelm et al. 2018, the continuous case.
     """
     return 0.5 * fake.square().mean()
 
@@ -46,7 +46,7 @@ class BoundarySeekingGAN(DCGAN):
         ValueError: another shape, or a number out of range.
 
     References:
-        Hjelm et al. 2018, §3.
+        Hjelm et al. 2018, the continuous case.
 
     Example:
         >>> BoundarySeekingGAN((1, 16, 16)).sample(3).shape

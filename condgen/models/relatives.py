@@ -107,7 +107,7 @@ def feature_nll(features: Tensor, target: Tensor) -> Tensor:
         target: `(n, k)`.
 
     References:
-        Larsen et al. 2016, Eq. 7 and 8 (the sum over features).
+        Larsen et al. 2016, the likelihood of features (their sum).
     """
     return 0.5 * (features - target).square().mean(1)
 
@@ -213,7 +213,7 @@ class ALI(InferenceModel):
         ValueError: another shape, or a number out of range.
 
     References:
-        Dumoulin et al. 2017, Algorithm 1; Donahue et al. 2017 (BiGAN), Eq. 2, with a
+        Dumoulin et al. 2017, Algorithm 1; Donahue et al. 2017 (BiGAN), with a
             deterministic encoder.
 
     Example:
@@ -296,7 +296,7 @@ def pulling_away(codes: Tensor) -> Tensor:
     """Mean squared cosine of the codes of different images, from `(n, k)`.
 
     References:
-        Zhao et al. 2017 (EBGAN), Eq. 4.
+        Zhao et al. 2017 (EBGAN), §2.4.
     """
     unit = F.normalize(codes, dim=1)
     squares, n = (unit @ unit.T).square(), len(codes)
@@ -386,7 +386,7 @@ class EBGAN(EnergyModel):
         ValueError: another shape, or a number out of range.
 
     References:
-        Zhao et al. 2017, Eq. 1, 2 and 4; with a fixed margin.
+        Zhao et al. 2017, §2.1 and 2.4; with a fixed margin.
 
     Example:
         >>> EBGAN((1, 16, 16)).sample(3).shape
