@@ -14,6 +14,7 @@ from condgen.conditions import Classes, Code, Schema
 from condgen.contracts import Batch, Noise
 from condgen.bounds import condition_bound, mutual_information
 from condgen.divergences import js, kl, js_from_kls, mixture
+from condgen.models.avae import AVAE
 from condgen.models.caglow import CAGlow
 from condgen.models.caglow_networks import (discriminator_loss, encoder_loss,
                                             feature_matching, group_memberships)
@@ -155,6 +156,22 @@ def test_eq15_sum_is_minimal_at_an_undecided_discriminator():
     both = torch.stack([encoder_loss(x[None]) + discriminator_loss(real, x[None]) - LOG2
                         for x in a])
     assert a[both.argmin()].abs() < 1e-9 and math.isclose(both.min(), 2 * LOG2)
+
+
+# Eq. 11 of Khan et al. ----------------------------------------------------------------
+
+def test_printed_sign_shifts_the_balance_by_twice_the_loss():
+    """The discriminator answers with L_g = 0.1 + 0.3 k; L_d and L_v are fixed."""
+    real, made, ends = 0.5, 0.2, {}
+    for form in ("corrected", "literal"):
+        avae = AVAE((1, 8, 8), latent=2, width=2, set_point=0.5, warm_up=0.0, form=form)
+        for _ in range(400):
+            samples = 0.1 + 0.3 * avae.controller.k.item()
+            avae.losses.copy_(torch.tensor([real, samples, made]))
+            avae.control(batch())
+        ends[form] = samples + avae.alpha * made
+    assert ends["corrected"] == pytest.approx(0.5 * real, rel=1e-4)  # Eq. 10
+    assert ends["literal"] == pytest.approx(0.5 * real + 2 * avae.alpha * made, rel=1e-4)
 
 
 # every switch -------------------------------------------------------------------------
