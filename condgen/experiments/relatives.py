@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'WEIGHTS', 'FACES', 'BROKEN', 'IMAGES', 'VAE_IMAGES', 'DIGIT_IMAGES', 'LONG_IMAGES', 'SIZES', 'DCGAN_SIZES',
-           'PAPER_AVAE', 'AVAE_SIZES', 'PLACES', 'LABELS', 'NAMES', 'VAE_SIZES', 'RECIPES', 'FAMILY', 'MODERN',
+           'PRINTED', 'AVAE_SIZES', 'PLACES', 'LABELS', 'NAMES', 'VAE_SIZES', 'RECIPES', 'FAMILY', 'MODERN',
            'DIGIT_FAMILY', 'ENCODING', 'VARIANTS', 'SAMPLES', 'LINES', 'DIGIT_SAMPLES', 'STRIDED', 'EXPERIMENTS',
            'break_faces', 'blur', 'whole_or_broken', 'detection_threshold', 'detail', 'active_share', 'Reference',
            'measure_model', 'last_quarter', 'model_rows', 'AttributeReader', 'line_ends', 'line_steps',
@@ -292,7 +292,7 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
                                 at, n=n))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #1ec36bea
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #a2c88411
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
@@ -304,10 +304,10 @@ LONG_IMAGES = {tier: {"bound": 6 * stages["bound"]}
 SIZES = {"tiny": {"width": 4}, "cpu": {"width": 8}, "full": {"width": 64}}
 DCGAN_SIZES = {"tiny": {"width": 8}, "cpu": {"width": 16},
                "full": {"width": 128, "lr": 2e-4}}
-PAPER_AVAE = {"networks": "pairs", "width": 128, "gamma": 0.1, "set_point": 0.5,
-              "gains": (1e-3, 1e-5, 1e-5), "start": 0.0, "warm_up": 0.0, "lr": 5e-5}
+PRINTED = {"gamma": 0.1, "set_point": 0.5, "form": "literal",
+           "gains": (1e-3, 1e-5, 1e-5), "start": 0.0, "warm_up": 0.0}
 AVAE_SIZES = SIZES | {"cpu": {"width": 8, "set_point": 1.1, "lr": 3e-3},
-                      "full": PAPER_AVAE}
+                      "full": {"networks": "pairs", "width": 128, "lr": 5e-5, **PRINTED}}
 PLACES = {"VAEGAN": "relatives", "ALI": "relatives", "EBGAN": "relatives",
           "BEGAN": "relatives", "BEGANStar": "avae", "AVAE": "avae", "DCGAN": "dcgan",
           "BoundarySeekingGAN": "dcgan_relatives", "ImprovedGAN": "dcgan_relatives",
@@ -344,13 +344,15 @@ RECIPES = [
       for model in NAMES),
 ]
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #9bf31348
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #1b8fa844
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
            for model in NAMES if model not in ("BEGANStar", "ModernGAN")}
 FAMILY |= {("BEGAN*", ""): ("star-portraits", {}),
-           ("BEGAN*", "LSM"): ("star-portraits", {"similarity_weight": 0.1})}
+           ("BEGAN*", "LSM"): ("star-portraits", {"similarity_weight": 0.1}),
+           ("AVAE", "printed settings"): ("avae-portraits",
+                                          {**PRINTED, "kl_weight": 3072.0})}
 MODERN = {(LABELS.get(model, model), "modern"): (f"{NAMES[model]}-digits-family", {"modern": True})
           for model in ("VAEGAN", "ALI", "EBGAN", "BEGAN", "AVAE")}
 DIGIT_FAMILY = {(LABELS.get(model, model), ""): (f"{NAMES[model]}-digits-family", {})
@@ -365,9 +367,7 @@ VARIANTS |= {"set-point 0.5, printed sign": {"set_point": 0.5, "form": "literal"
              "literal KL sum": {"kl_weight": 256.0},
              "no similarity": {"beta": 0.0},
              "no reconstructions as fakes": {"alpha": 0.0},
-             "printed settings": {"gamma": 0.1, "set_point": 0.5, "form": "literal",
-                                  "gains": (1e-3, 1e-5, 1e-5), "start": 0.0,
-                                  "warm_up": 0.0, "kl_weight": 256.0}}
+             "printed settings": {**PRINTED, "kl_weight": 256.0}}
 
 
 def plot_family(lab: Lab, rows: Rows, path: Path) -> None:
