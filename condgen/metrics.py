@@ -66,7 +66,8 @@ COUNT_METRICS = (
         "mode_precision mode_share monotonicity rank_agreement diversity_pixel "
         "diversity_pixel_min diversity_feature diversity_feature_min "
         "centroid_distance silhouette code_correlation temperature rank_correlation "
-        "coverage r_squared correlation_ratio face_share active_share clip_share").split())
+        "coverage r_squared correlation_ratio face_share active_share "
+        "clip_share").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "
     "images_per_second inversion_error gradient_error"

@@ -32,7 +32,7 @@ from ..metrics import frechet_distance, map_batches
 from ..recipes import Recipe
 from ..results import row
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #b1b23e33
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #25d5f03c
 def break_faces(x: Tensor, g: torch.Generator) -> Tensor:
     """Images made of parts of two faces each: blends, halves, exchanged quarters.
 
@@ -58,17 +58,17 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     kernel = kernel / kernel.sum(1, keepdim=True)
     n, c, h, w = x.shape
     flat, k = x.reshape(1, n * c, h, w), kernel.repeat_interleave(c, 0)
-    flat = F.conv2d(F.pad(flat, (4, 4, 0, 0), "replicate"), k[:, None, None], groups=n * c)
-    flat = F.conv2d(F.pad(flat, (0, 0, 4, 4), "replicate"), k[:, None, :, None],
-                    groups=n * c)
+    for sides, shape in (((4, 4, 0, 0), (-1, 1, 1, 9)), ((0, 0, 4, 4), (-1, 1, 9, 1))):
+        wide = F.pad(flat, sides, "replicate")
+        flat = F.conv2d(wide, k.view(shape), groups=n * c)
     return flat.view(n, c, h, w)
 
 
 @cache
 def whole_or_broken(tier: str) -> Dataset:
-    """Half drawn faces, half broken ones, blurred by up to 1.5 pixels; condition `face`.
+    """Half drawn faces, half broken ones, blurred by up to 1.5 pixels.
 
-    The parts are those of `portraits_of`.
+    The condition is `face`; the parts are those of `portraits_of`.
     """
     source, g = portraits_of(tier), torch.Generator().manual_seed(seed_of("broken", 0))
     index = torch.cat([source.indices(s) for s in ("train", "val", "test")])
@@ -76,7 +76,8 @@ def whole_or_broken(tier: str) -> Dataset:
     face = torch.rand(len(x), generator=g) < 0.5
     x = torch.where(face[:, None, None, None], x, break_faces(x, g))
     sigma = 1.5 * torch.rand(len(x), generator=g)
-    x = torch.cat([blur(part, own) for part, own in zip(x.split(500), sigma.split(500))])
+    x = torch.cat([blur(part, own)
+                   for part, own in zip(x.split(500), sigma.split(500))])
     place = torch.empty(len(x), dtype=torch.long)
     place[index] = torch.arange(len(x))
     return Dataset("faces, whole or broken", (255 * x).round().byte()[place],
@@ -292,7 +293,7 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
                                 at, n=n))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #a2c88411
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #7bbb85ca
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
@@ -307,7 +308,8 @@ DCGAN_SIZES = {"tiny": {"width": 8}, "cpu": {"width": 16},
 PRINTED = {"gamma": 0.1, "set_point": 0.5, "form": "literal",
            "gains": (1e-3, 1e-5, 1e-5), "start": 0.0, "warm_up": 0.0}
 AVAE_SIZES = SIZES | {"cpu": {"width": 8, "set_point": 1.1, "lr": 3e-3},
-                      "full": {"networks": "pairs", "width": 128, "lr": 5e-5, **PRINTED}}
+                      "full": {"networks": "pairs", "width": 128, "lr": 5e-5,
+                               **PRINTED}}
 PLACES = {"VAEGAN": "relatives", "ALI": "relatives", "EBGAN": "relatives",
           "BEGAN": "relatives", "BEGANStar": "avae", "AVAE": "avae", "DCGAN": "dcgan",
           "BoundarySeekingGAN": "dcgan_relatives", "ImprovedGAN": "dcgan_relatives",
@@ -333,7 +335,8 @@ VAE_SIZES = {tier: {**own, "latent": 64} for tier, own in SIZES.items()}
 RECIPES = [
     Recipe("detector-faces", "Detector of whole faces among broken ones (small CNN)",
            "condgen.models.classifier.FaceGuideClassifier", BROKEN,
-           {"tiny": {"judge": 640}, "cpu": {"judge": 60_000}, "full": {"judge": 500_000}},
+           {"tiny": {"judge": 640}, "cpu": {"judge": 60_000},
+            "full": {"judge": 500_000}},
            shared=True),
     Recipe("vae-portraits", "VAE on drawn portraits", "condgen.models.vae.VAE", FACES,
            VAE_IMAGES, VAE_SIZES),
@@ -344,7 +347,7 @@ RECIPES = [
       for model in NAMES),
 ]
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #1b8fa844
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #0673990c
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
@@ -353,7 +356,8 @@ FAMILY |= {("BEGAN*", ""): ("star-portraits", {}),
            ("BEGAN*", "LSM"): ("star-portraits", {"similarity_weight": 0.1}),
            ("AVAE", "printed settings"): ("avae-portraits",
                                           {**PRINTED, "kl_weight": 3072.0})}
-MODERN = {(LABELS.get(model, model), "modern"): (f"{NAMES[model]}-digits-family", {"modern": True})
+MODERN = {(LABELS.get(model, model), "modern"):
+          (f"{NAMES[model]}-digits-family", {"modern": True})
           for model in ("VAEGAN", "ALI", "EBGAN", "BEGAN", "AVAE")}
 DIGIT_FAMILY = {(LABELS.get(model, model), ""): (f"{NAMES[model]}-digits-family", {})
                 for model in NAMES if model != "BEGANStar"} | MODERN
