@@ -42,10 +42,10 @@ def different():
     """One recipe for each model class with its arguments; other data
     add conditions only.
     """
+    photos = ("faces", "celeba", "lfw", "printed", "portraits")
     found = {}
     for name, plan in RECIPES.items():
-        kind = ("photo" if any(word in name for word in ("faces", "celeba", "lfw", "printed"))
-                else name)
+        kind = "photo" if any(word in name for word in photos) else plan.data
         facts = plan.config("full")
         found.setdefault(
             (plan.model, str(facts["arguments"]), str(facts["codes"]), kind), name)

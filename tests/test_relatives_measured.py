@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from condgen.conditions import Binary, Schema
+from condgen.evaluation import generate
 from condgen.experiments.portraits import portraits_of
 from condgen.experiments.relatives import (
-    ADDED, AttributeReader, Reference, active_share, arithmetic_rows, blur, break_faces,
+    ADDED, RECIPES, AttributeReader, Reference, active_share, arithmetic_rows, blur, break_faces,
     detail, last_quarter, line_steps, whole_or_broken)
+
+from condgen.recipes import find, prepare
 
 
 def lab_of(x, **size):
@@ -154,3 +157,13 @@ def test_adding_an_attribute_is_read_where_the_code_carries_it():
     assert (found["evaluator_probability", 2.0] > found["evaluator_probability", 1.0]
             > 0.5)
     assert found["interference", 1.0] < 1e-6
+
+
+@pytest.mark.parametrize("name", [r.name for r in RECIPES if r.name.endswith("-16px")])
+def test_a_tiny_training_brings_samples_nearer_to_the_data(name):
+    torch.manual_seed(0)
+    training = prepare(find(name), "tiny", 0)
+    real = Reference(SimpleNamespace(data=training.data, size={"n": 360}), Pixels())
+    before = real.of_samples(generate(training.model, 360))["frechet"]
+    after = real.of_samples(generate(training.run(None, progress=False).model, 360))
+    assert after["frechet"] < 0.8 * before

@@ -293,13 +293,14 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
                                 at, n=n))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #7bbb85ca
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #fb933ff0
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
           {"tiny": 320, "cpu": 32_000, "full": 4_800_000}.items()}
 VAE_IMAGES = {tier: {"bound": stages["adversarial"]} for tier, stages in IMAGES.items()}
-DIGIT_IMAGES = IMAGES | {"cpu": {"adversarial": 16_000}}
+DIGIT_IMAGES = IMAGES | {"tiny": {"adversarial": 3_200},
+                         "cpu": {"adversarial": 16_000}}
 LONG_IMAGES = {tier: {"bound": 6 * stages["bound"]}
                for tier, stages in VAE_IMAGES.items()}
 SIZES = {"tiny": {"width": 4}, "cpu": {"width": 8}, "full": {"width": 64}}
@@ -326,8 +327,8 @@ def relative_recipe(model: str, data: str, suffix: str,
     """A model of the family on a data set, named `NAME-suffix`."""
     sizes = (AVAE_SIZES if model == "AVAE"
              else DCGAN_SIZES if "dcgan" in PLACES[model] else SIZES)
-    label = LABELS.get(model, model)
-    return Recipe(f"{NAMES[model]}-{suffix}", f"{label} on {suffix}",
+    label, what = LABELS.get(model, model), {"16px": "16×16 digits"}.get(suffix, suffix)
+    return Recipe(f"{NAMES[model]}-{suffix}", f"{label} on {what}",
                   f"condgen.models.{PLACES[model]}.{model}", data, images, sizes)
 
 
@@ -343,11 +344,11 @@ RECIPES = [
     Recipe("vae-portraits-long", "The same for about the time of the AVAE",
            "condgen.models.vae.VAE", FACES, LONG_IMAGES, VAE_SIZES),
     *(relative_recipe(model, FACES, "portraits", IMAGES) for model in NAMES),
-    *(relative_recipe(model, AUGMENTED, "digits-family", DIGIT_IMAGES)
+    *(relative_recipe(model, AUGMENTED, "16px", DIGIT_IMAGES)
       for model in NAMES),
 ]
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #0673990c
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #168dea6f
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
@@ -357,9 +358,9 @@ FAMILY |= {("BEGAN*", ""): ("star-portraits", {}),
            ("AVAE", "printed settings"): ("avae-portraits",
                                           {**PRINTED, "kl_weight": 3072.0})}
 MODERN = {(LABELS.get(model, model), "modern"):
-          (f"{NAMES[model]}-digits-family", {"modern": True})
+          (f"{NAMES[model]}-16px", {"modern": True})
           for model in ("VAEGAN", "ALI", "EBGAN", "BEGAN", "AVAE")}
-DIGIT_FAMILY = {(LABELS.get(model, model), ""): (f"{NAMES[model]}-digits-family", {})
+DIGIT_FAMILY = {(LABELS.get(model, model), ""): (f"{NAMES[model]}-16px", {})
                 for model in NAMES if model != "BEGANStar"} | MODERN
 ENCODING = {("VAE", ""): "vae-portraits", ("VAE-GAN", ""): "vaegan-portraits",
             ("ALI", ""): "ali-portraits", ("AVAE", ""): "avae-portraits"}
@@ -416,7 +417,7 @@ def latent_rows(lab: Lab) -> Rows:
 def parts_rows(lab: Lab) -> Rows:
     """The AVAE on digits with other set-points and gains, and with parts left out."""
     real = Reference(lab, lab.evaluator("evaluator-digits"))
-    models = {("AVAE", name): ("avae-digits-family", arguments)
+    models = {("AVAE", name): ("avae-16px", arguments)
               for name, arguments in VARIANTS.items()}
     return model_rows(lab, models, real, evaluator="evaluator-digits")
 
@@ -439,6 +440,6 @@ EXPERIMENTS = [
                     *(recipe for recipe, _ in DIGIT_FAMILY.values())))), PLAIN,
                DIGIT_SAMPLES),
     Experiment("avae/parts", "AVAE on digits: set-points, gains, parts left out",
-               parts_rows, ("evaluator-digits", "avae-digits-family"), PLAIN,
+               parts_rows, ("evaluator-digits", "avae-16px"), PLAIN,
                DIGIT_SAMPLES),
 ]
