@@ -1410,6 +1410,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                              'condgen.lab.find_experiment': ('library/lab.html#find_experiment', 'condgen/lab.py'),
                              'condgen.lab.measured': ('library/lab.html#measured', 'condgen/lab.py'),
                              'condgen.lab.run_folder': ('library/lab.html#run_folder', 'condgen/lab.py')},
+            'condgen.latent_explorer': {},
             'condgen.metrics': { 'condgen.metrics.MetricInfo': ('library/metrics.html#metricinfo', 'condgen/metrics.py'),
                                  'condgen.metrics.accuracy': ('library/metrics.html#accuracy', 'condgen/metrics.py'),
                                  'condgen.metrics.broken_share': ('library/metrics.html#broken_share', 'condgen/metrics.py'),
