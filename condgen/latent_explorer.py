@@ -62,7 +62,8 @@ class LatentExplorer(widgets.VBox):
         weights: slider of each direction, by name.
     """
 
-    def __init__(self, model: Any, a: Tensor, b: Tensor, directions: Mapping[str, Tensor]):
+    def __init__(self, model: Any, a: Tensor, b: Tensor,
+                 directions: Mapping[str, Tensor]):
         for name in ("encode", "decode"):
             if not hasattr(model, name):
                 raise ValueError(f"{type(model).__name__} has no {name}; accepted: a "
