@@ -56,7 +56,8 @@ HIGHER_IS_BETTER = (
 )
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
-    "residual_energy estimated_age:years scatter_ratio step_ratio correlation_ratio"
+    "residual_energy estimated_age:years scatter_ratio step_ratio correlation_ratio "
+    "accuracy_difference"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
@@ -64,7 +65,7 @@ COUNT_METRICS = (
         "mode_precision mode_share monotonicity rank_agreement diversity_pixel "
         "diversity_pixel_min diversity_feature diversity_feature_min "
         "centroid_distance silhouette code_correlation temperature rank_correlation "
-        "coverage r_squared correlation_ratio").split())
+        "coverage r_squared correlation_ratio accuracy_difference").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "
     "images_per_second inversion_error gradient_error"
