@@ -835,6 +835,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                                     'condgen/experiments/people_count.py'),
                                                   'condgen.experiments.people_count.recipe_of': ( 'caglow/people_count.html#recipe_of',
                                                                                                   'condgen/experiments/people_count.py'),
+                                                  'condgen.experiments.people_count.start_of': ( 'caglow/people_count.html#start_of',
+                                                                                                 'condgen/experiments/people_count.py'),
                                                   'condgen.experiments.people_count.training_of': ( 'caglow/people_count.html#training_of',
                                                                                                     'condgen/experiments/people_count.py')},
             'condgen.experiments.photographs': { 'condgen.experiments.photographs.celeba_people': ( 'caglow/photographs.html#celeba_people',
