@@ -140,7 +140,7 @@ def accuracy_by_count(lab: Lab) -> Rows:
         rows += difference_rows(found, at)
     return rows
 
-# %% ../../nbs/caglow/321_people_count.ipynb #5ec450fd
+# %% ../../nbs/caglow/321_people_count.ipynb #0c162a5e
 TITLES = {"real": "real images", "CGlow": "CGlow", "CAGlow ours": "CAGlow (ours)",
           "CAGlow ours, start": "its start: a Gaussian fit",
           "CAGlow reading T": "CAGlow (paper, T)",
@@ -172,7 +172,7 @@ def plot_people_count(lab: Lab, rows: Rows, result: Path) -> None:
         ax.set(xscale="log", xlabel="people", ylabel=label, xticks=counts,
                xticklabels=counts)
         ax.minorticks_off()
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower left")
     save_figure(fig, result.with_suffix(".png"))
 
 # %% ../../nbs/caglow/321_people_count.ipynb #01667f76
