@@ -58,7 +58,7 @@ HIGHER_IS_BETTER = (
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
     "residual_energy estimated_age:years scatter_ratio step_ratio correlation_ratio "
-    "pixel_spread detail reconstruction_detail balance_ratio"
+    "pixel_spread detail reconstruction_detail balance_ratio accuracy_difference"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
@@ -67,7 +67,7 @@ COUNT_METRICS = (
         "diversity_pixel_min diversity_feature diversity_feature_min "
         "centroid_distance silhouette code_correlation temperature rank_correlation "
         "coverage r_squared correlation_ratio face_share active_share "
-        "clip_share").split())
+        "clip_share accuracy_difference").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "
     "images_per_second inversion_error gradient_error"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condgen.experiments import printed, printed_edits
+from condgen.experiments import people_count, printed, printed_edits
 from condgen.experiments.printed import (
     ATTRIBUTES, SCORES, add_attribute, artefact_scores, attributes_of, drawn_people,
     exchanged_latents, pairs_of_sets, printed_people)
@@ -13,6 +13,7 @@ from condgen.experiments.printed_edits import (
 from condgen.faces import FACTORS
 from condgen.lab import Lab
 from condgen.metrics import scatter_ratio
+from condgen.results import stored
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,47 @@ def test_real_images_have_no_artefact_of_content(runs):
     assert found["content"].max() < 1e-3
     blurred = artefact_scores(0.5 + 0 * x[:10], x, lab.evaluator("printed-evaluator"))
     assert blurred["texture"].min() > found["texture"].max()
+
+
+@pytest.mark.parametrize("tier", ["tiny", "cpu", "full"])
+def test_only_the_number_of_people_differs(tier):
+    """Equal training images, equal lengths, and the parents of the same people."""
+    known = {r.name: r for r in people_count.RECIPES}
+    for recipe in people_count.RECIPES:
+        base, _, count = recipe.name.rpartition("-")
+        same = known[f"{base}-few"]
+        assert (recipe.images, recipe.arguments) == (same.images, same.arguments)
+        assert recipe.data.endswith(f".{count}_people")
+        assert all(parent.endswith(f"-{count}") for parent in recipe.parents.values())
+    people = [own[tier] for own in people_count.COUNTS.values()]
+    assert people == sorted({*people})
+
+
+def test_sets_of_people_have_equally_many_training_images():
+    sets = [people_count.people_of(count, "tiny") for count in people_count.COUNTS]
+    assert len({len(data.indices("train")) for data in sets}) == 1
+    for own, data in zip(people_count.COUNTS.values(), sets, strict=True):
+        who = data.conditions.unpack(data.labels[data.indices("train")])["identity"]
+        assert len(who.unique()) == own["tiny"]
+
+
+def test_differences_are_those_of_the_accuracies():
+    accuracies = {("real", ""): 0.9, ("CGlow", ""): 0.25, ("CAGlow", "ours"): 0.75}
+    rows = people_count.difference_rows(
+        {key: {"identity_accuracy": value} for key, value in accuracies.items()},
+        {"people": 7})
+    assert all(r["at"]["people"] == 7 for r in rows)
+    found = {(r["model"], r["at"]["against"]): r["value"] for r in rows}
+    assert found == pytest.approx({("CGlow", "real"): -0.65, ("CAGlow", "real"): -0.15,
+                                   ("CAGlow", "CGlow"): 0.5})
+
+
+def test_stored_accuracies_are_drawn_with_every_number_of_people(tmp_path):
+    rows = stored("caglow/people-count")
+    keys = {(r["model"], r["variant"], r["metric"], *r["at"].items()) for r in rows}
+    assert len(keys) == len(rows)
+    counts = {own["cpu"] for own in people_count.COUNTS.values()}
+    for model in ("real", "CGlow", "CAGlow"):
+        assert {r["at"]["people"] for r in rows if r["model"] == model} == counts
+    people_count.plot_people_count(None, rows, tmp_path / "r.json")
+    assert (tmp_path / "r.png").stat().st_size > 5_000

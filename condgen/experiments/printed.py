@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'PEOPLE', 'SIZES', 'BLACK', 'BLOND', 'PEOPLE_DATA', 'TRAINING', 'FLOW_SIZE', 'LENGTHS', 'FLOW_LENGTHS',
            'RECIPES', 'MODELS', 'TITLES', 'PARTS', 'SCORES', 'EXCHANGES', 'EXPERIMENTS', 'drawn_people',
-           'attributes_of', 'add_attribute', 'printed_people', 'printed_training', 'lengths', 'encoder_recipe',
-           'pairs_of_sets', 'figure1_latents', 'latents_apart', 'plot_latents_apart', 'fine_detail', 'artefact_scores',
-           'exchanged_latents', 'artefacts_of_divergence', 'plot_artefacts']
+           'attributes_of', 'add_attribute', 'labelled_people', 'for_training', 'printed_people', 'printed_training',
+           'lengths', 'encoder_recipe', 'pairs_of_sets', 'figure1_latents', 'latents_apart', 'plot_latents_apart',
+           'fine_detail', 'artefact_scores', 'exchanged_latents', 'artefacts_of_divergence', 'plot_artefacts']
 
 # %% ../../nbs/caglow/315_printed_protocols.ipynb #bcc086a3
 from collections.abc import Mapping
@@ -95,10 +95,14 @@ def add_attribute(factors: Tensor, name: str) -> Tensor:
     return edit_factors(factors, **changes.get(name, {name: 1}))
 
 
-@cache
-def printed_people(tier: str) -> Dataset:
-    """Drawn people of a tier with identity and attributes; 80/10/10 split."""
-    identities, n = PEOPLE[tier]
+def labelled_people(identities: int, n: int, size: int) -> Dataset:
+    """Drawn people with identity and attributes; 80/10/10 split.
+
+    Args:
+        identities: how many people.
+        n: how many images.
+        size: their side in pixels.
+    """
     factors = drawn_people(identities, n)
     schema = Schema([Classes("identity", identities), *map(Binary, ATTRIBUTES)])
     values = dict(zip(ATTRIBUTES, attributes_of(factors).unbind(1)))
@@ -106,16 +110,25 @@ def printed_people(tier: str) -> Dataset:
     order, tenth = torch.tensor(seeded_shuffle(range(n), "printed")), n // 10
     splits = {"test": order[:tenth], "val": order[tenth : 2 * tenth],
               "train": order[2 * tenth :]}
-    images = render_cached(factors, SIZES[tier])
-    return Dataset("printed", images, labels, schema, splits,
+    return Dataset("printed", render_cached(factors, size), labels, schema, splits,
                    drawn=drawing_fingerprint(factors))
+
+
+def for_training(data: Dataset) -> Dataset:
+    """The data set with 400 validation images only, to choose among states."""
+    return replace(data, splits=data.splits | {"val": data.splits["val"][:400]})
+
+
+@cache
+def printed_people(tier: str) -> Dataset:
+    """Drawn people of a tier with identity and attributes."""
+    return labelled_people(*PEOPLE[tier], SIZES[tier])
 
 
 @cache
 def printed_training(tier: str) -> Dataset:
-    """The drawn people with 400 validation images only, to choose among states."""
-    data = printed_people(tier)
-    return replace(data, splits=data.splits | {"val": data.splits["val"][:400]})
+    """The same with few validation images."""
+    return for_training(printed_people(tier))
 
 # %% ../../nbs/caglow/315_printed_protocols.ipynb #671ebc0a
 PEOPLE_DATA, TRAINING = (f"condgen.experiments.printed.{name}"
