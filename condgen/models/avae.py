@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import downsampling_network, n_doublings
-from ..checks import accepted, check_below_one, check_nonnegative, check_sizes
+from ..checks import (
+    accepted, check_below_one, check_nonnegative, check_positive_integer, check_sizes)
 from ..contracts import Batch, Player, Stage, Terms
 from ..controller import Controller, balance_error, convergence_measure
 from ..divergences import kl_gaussian
@@ -171,13 +172,14 @@ class AVAE(EnergyModel, AutoencoderModel):
                  gains: tuple[float, float, float] = (0.2, 0.2, 0.0),
                  start: float = 0.1, warm_up: float = 0.3, form: str = "corrected",
                  modern: bool = False, penalty: float = 1.0, lr: float = 1e-3):
+        check_positive_integer(latent, "latent")
         super().__init__(shape, latent, width, modern, penalty, lr)
         for name, value, known in (("networks", networks, NETWORKS),
                                    ("form", form, FORMS)):
             if value not in known:
                 raise ValueError(f"{name}={value!r}; {accepted(known, value)}")
         check_nonnegative(alpha=alpha, beta=beta, gamma=gamma, kl_weight=kl_weight,
-                          set_point=set_point)
+                          set_point=set_point, start=start)
         check_below_one(warm_up=warm_up)
         if networks == "pairs":
             self.encoder = pair_encoder(self.shape, width, 2 * latent)
