@@ -52,7 +52,9 @@ def test_steps_come_in_the_printed_order():
 def test_a_step_gives_gradients_to_one_network(name, own, modern):
     model = small(modern=modern)
     model.k_before.fill_(0.3)
-    assert gradients(model, players(model)[name], batch_of()) == own
+    player, names = players(model)[name], {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in player.params} == own
+    assert gradients(model, player, batch_of()) == own
 
 
 def test_the_encoder_has_no_adversarial_term():
