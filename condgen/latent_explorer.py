@@ -39,7 +39,7 @@ def attribute_directions(model: Any, x: Tensor,
             none has.
 
     References:
-        Khan et al. 2018, §5.5; Larsen et al. 2016, §4.2.
+        Khan et al. 2018, §5.5; Larsen et al. 2016, visual attribute vectors.
     """
     codes, found = map_batches(model.encode, x).float(), {}
     for name, has in labels.items():

@@ -58,7 +58,7 @@ def linear_elbo(cov: Tensor, W: Tensor, V: Tensor, log_std: Tensor, log_noise: T
         Nats per item, `()`.
 
     References:
-        Lucas et al. 2019, §4 and appendix.
+        Lucas et al. 2019.
     """
     rest = torch.eye(len(cov), dtype=cov.dtype) - W @ V
     error = (rest @ cov * rest).sum() + W.square().sum(0) @ (2 * log_std).exp()

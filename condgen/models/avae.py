@@ -149,7 +149,8 @@ class AVAE(EnergyModel, AutoencoderModel):
             only reconstruct and the controller is held.
         form: `"corrected"`, or `"literal"`: the sign of L_v in the error as printed.
         modern: the relativistic game with R1 and R2 instead of the balance, and β₁ = 0.
-        penalty: γ of R1 and R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of R1 and R2; the default is meant for 32 pixels, a side of twice
+            the length needs four times as much.
         lr: learning rate of all players.
 
     Raises:

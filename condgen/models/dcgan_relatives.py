@@ -177,7 +177,8 @@ class ModernGAN(DCGAN):
         shape: `(channels, side, side)` of an image; side 8, 16, 32, …
         noise: numbers per image, standard normal.
         width: as DCGAN's.
-        penalty: γ of γ/2·R1 and γ/2·R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of γ/2·R1 and γ/2·R2; the default is meant for 32 pixels, a side of
+            twice the length needs four times as much.
         lr: learning rate of both players.
 
     Raises:

@@ -124,7 +124,8 @@ class VAEGAN(InferenceModel):
         kl_weight: of the KL term per feature; with 1 the encoder's loss is a bound of
             the features' log-likelihood, per feature.
         modern: the relativistic game with R1 and R2, and β₁ = 0.
-        penalty: γ of R1 and R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of R1 and R2; the default is meant for 32 pixels, a side of twice
+            the length needs four times as much.
         lr: learning rate of all players.
 
     Raises:
@@ -206,7 +207,8 @@ class ALI(InferenceModel):
         width: channels of the generator's last map; encoder and discriminator begin
             with twice as many.
         modern: the relativistic game with R1 and R2 of pairs, and β₁ = 0.
-        penalty: γ of R1 and R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of R1 and R2; the default is meant for 32 pixels, a side of twice
+            the length needs four times as much.
         lr: learning rate of both players.
 
     Raises:
@@ -246,7 +248,9 @@ class ALI(InferenceModel):
 
     @torch.no_grad()
     def cycle_error(self, x: Tensor) -> Tensor:
-        """Mean |x − G(E(x))| of images `(n, c, h, w)` in [0, 1], `(n,)`.
+        """Mean |x − G(μ(x))| of images `(n, c, h, w)` in [0, 1], `(n,)`.
+
+        μ(x) is the mean of q(z|x).
 
         Raises:
             ValueError: as `check_images`.
@@ -379,7 +383,8 @@ class EBGAN(EnergyModel):
         pulling_weight: of the pulling-away term; 0: none.
         modern: a relativistic game of energies with R1 and R2 instead of the margin,
             and β₁ = 0.
-        penalty: γ of R1 and R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of R1 and R2; the default is meant for 32 pixels, a side of twice
+            the length needs four times as much.
         lr: learning rate of both players.
 
     Raises:
@@ -429,7 +434,8 @@ class BEGAN(EnergyModel):
         hold: share of training during which k is held at its start.
         modern: a relativistic game of energies with R1 and R2 instead of the balance,
             and β₁ = 0.
-        penalty: γ of R1 and R2, for 32 pixels; it scales with the squared side.
+        penalty: γ of R1 and R2; the default is meant for 32 pixels, a side of twice
+            the length needs four times as much.
         lr: learning rate of both players.
 
     Raises:
