@@ -32,7 +32,7 @@ from ..metrics import frechet_distance, map_batches
 from ..recipes import Recipe
 from ..results import row
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #25d5f03c
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #864c4952
 def break_faces(x: Tensor, g: torch.Generator) -> Tensor:
     """Images made of parts of two faces each: blends, halves, exchanged quarters.
 
@@ -91,7 +91,7 @@ def detection_threshold(detector: Any, whole: Tensor) -> float:
         logits = map_batches(detector.logits, whole)[:, 0]
     return logits.quantile(0.05).item()
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #28a1fb5e
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #52cee752
 def detail(x: Tensor) -> float:
     """Mean absolute Laplacian of images `(n, c, h, w)`."""
     middle = 4 * x[:, :, 1:-1, 1:-1]
@@ -202,7 +202,7 @@ def model_rows(lab: Lab, models: Mapping[tuple[str, str], tuple[str, dict[str, A
         rows.append(row("real training images", "frechet", real.floor, **facts))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #bd76f1fa
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #b3de8aac
 ADDED = ("glasses", "sunglasses", "hat", "beard", "long_hair")
 WEIGHTS = (1.0, 2.0)
 
@@ -293,7 +293,7 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
                                 at, n=n))
     return rows
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #fb933ff0
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #71659cc5
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
@@ -348,7 +348,7 @@ RECIPES = [
       for model in NAMES),
 ]
 
-# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #168dea6f
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #8d46864a
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
