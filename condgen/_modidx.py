@@ -1929,6 +1929,7 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                           'condgen.models.transport.symmetric_power': ( 'conditional/transport.html#symmetric_power',
                                                                                         'condgen/models/transport.py')},
             'condgen.models.vae': {},
+            'condgen.models.vigan': {},
             'condgen.peers': { 'condgen.peers.Implementation': ('flows/peers.html#implementation', 'condgen/peers.py'),
                                'condgen.peers.antsnormflows_glow': ('flows/peers.html#antsnormflows_glow', 'condgen/peers.py'),
                                'condgen.peers.freia_glow': ('flows/peers.html#freia_glow', 'condgen/peers.py'),
@@ -2175,4 +2176,9 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                            'condgen/training.py'),
                                   'condgen.training.set_stage_lengths': ('library/training.html#set_stage_lengths', 'condgen/training.py'),
                                   'condgen.training.train_stage': ('library/training.html#train_stage', 'condgen/training.py'),
-                                  'condgen.training.train_stages': ('library/training.html#train_stages', 'condgen/training.py')}}}
+                                  'condgen.training.train_stages': ('library/training.html#train_stages', 'condgen/training.py')},
+            'condgen.two_digits': { 'condgen.two_digits.digit_centroids': ( 'library/two_digits.html#digit_centroids',
+                                                                            'condgen/two_digits.py'),
+                                    'condgen.two_digits.pair_images': ('library/two_digits.html#pair_images', 'condgen/two_digits.py'),
+                                    'condgen.two_digits.place_pairs': ('library/two_digits.html#place_pairs', 'condgen/two_digits.py'),
+                                    'condgen.two_digits.two_digits': ('library/two_digits.html#two_digits', 'condgen/two_digits.py')}}}
