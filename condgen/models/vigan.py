@@ -139,7 +139,7 @@ def most_probable(schema: Schema, answers: Tensor) -> Tensor:
 
     return torch.cat([read(item, part) for item, part in schema.columns(answers)], 1)
 
-# %% ../../nbs/autoencoders/412_vigan.ipynb #a3026ac3
+# %% ../../nbs/autoencoders/412_vigan.ipynb #5c236b4e
 class ViGAN(AutoencoderModel):
     """Variational InfoGAN: a VAE-GAN whose generator receives a description.
 
@@ -165,7 +165,7 @@ class ViGAN(AutoencoderModel):
 
     References:
         Gorijala & Dukkipati 2017; its own sizes are a width of 64 and a hidden layer of
-            512, its learning rates 1e-3 and 2e-4.
+            512, its learning rates 1e-3 and 2e-4, and its KL weight 1.
 
     Example:
         >>> model = ViGAN((1, 16, 16), [Classes("digit", 10)], width=4)
@@ -174,9 +174,10 @@ class ViGAN(AutoencoderModel):
     """
 
     def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition],
-                 latent: int = 64, width: int = 16, hidden: int = 256,
-                 reconstruction_weight: float = 100.0, information_weight: float = 3.0,
-                 kl_weight: float = 1.0, form: str = "corrected", lr: float = 1e-3,
+                 latent: int = 16, width: int = 16, hidden: int = 256,
+                 reconstruction_weight: float = 1000.0,
+                 information_weight: float = 10.0, kl_weight: float = 6.0,
+                 form: str = "corrected", lr: float = 6e-3,
                  discriminator_lr: float = 1e-3):
         super().__init__(shape, conditions)
         if not self.conditions or self.conditions.codes:
