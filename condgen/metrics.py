@@ -46,19 +46,21 @@ LOWER_IS_BETTER = (
     "age_error:years seconds:s bytes:B peak_memory_mb:MB step_seconds:s "
     "sample_seconds:s activation_mb:MiB inversion_error gradient_error ks_distance "
     "copy_share broken_share artefact_score loss_spread:nats reconstruction_distance "
-    "clip_share"
+    "clip_share centroid_shift:px"
 )
 HIGHER_IS_BETTER = (
     "accuracy diversity_pixel diversity_pixel_min diversity_feature "
     "diversity_feature_min inception_score psnr:dB ssim attribute_accuracy "
     "identity_accuracy code_correlation nrds images_per_second:images/s modes "
     "mode_precision monotonicity area_ratio rank_agreement rank_correlation "
-    "coverage r_squared information_bound:nats face_share active_share"
+    "coverage r_squared information_bound:nats face_share active_share "
+    "digit_share realism"
 )
 NO_BETTER_DIRECTION = (
     "temperature silhouette parameters evaluator_probability mode_share sharpness "
     "residual_energy estimated_age:years scatter_ratio step_ratio correlation_ratio "
-    "pixel_spread detail reconstruction_detail balance_ratio accuracy_difference"
+    "pixel_spread detail reconstruction_detail balance_ratio accuracy_difference "
+    "position_spread"
 )
 COUNT_METRICS = (
     (  # shares of a finite number of images, which rounding can move by a few
@@ -67,7 +69,7 @@ COUNT_METRICS = (
         "diversity_pixel_min diversity_feature diversity_feature_min "
         "centroid_distance silhouette code_correlation temperature rank_correlation "
         "coverage r_squared correlation_ratio face_share active_share "
-        "clip_share accuracy_difference").split())
+        "clip_share accuracy_difference digit_share realism").split())
 HARDWARE_METRICS = (
     "seconds bytes peak_memory_mb step_seconds sample_seconds activation_mb "
     "images_per_second inversion_error gradient_error"

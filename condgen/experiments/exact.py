@@ -7,10 +7,10 @@ __all__ = ['PRINTED_GAINS', 'INCEPTION_SCORES', 'distributions', 'joint_change_o
            'bound_of_condition_likelihood', 'sum_of_kls_is_js', 'objective_is_acgans', 'ratio_response',
            'low_gain_is_slow', 'high_gain_is_unstable', 'integral_rule_leaves_error', 'printed_gains_settle_earlier',
            'integral_oscillates', 'derivative_damps', 'samples_need_decoder_only', 'scores_close_to_semi_supervised',
-           'smooth_lines_exclude_copies', 'optimal_discriminator', 'generator_term_constant', 'generator_minimizes_kl',
-           'faults_come_from_kl', 'kl_price_of_errors', 'no_gradient_without_overlap', 'equal_outputs_are_indirect',
-           'edit_needs_no_label', 'decoupled_losses_do_not_interact', 'gram_distance', 'texture_loss_minimizer',
-           'similarity_is_cosine']
+           'smooth_lines_exclude_copies', 'printed_vigan_losses_train', 'optimal_discriminator',
+           'generator_term_constant', 'generator_minimizes_kl', 'faults_come_from_kl', 'kl_price_of_errors',
+           'no_gradient_without_overlap', 'equal_outputs_are_indirect', 'edit_needs_no_label',
+           'decoupled_losses_do_not_interact', 'gram_distance', 'texture_loss_minimizer', 'similarity_is_cosine']
 
 # %% ../../nbs/reproduction/907_exact_claims.ipynb #164300f1
 import math
@@ -35,6 +35,8 @@ from ..models.avae import AVAE
 from ..models.caae import CAAE
 from ..models.decoupled import DecoupledAE
 from ..models.transport import AgeTransitions
+from ..models.vigan import (
+    information_bound, recognition_loss, three_set_loss)
 from ..ranking import optimal_scores
 
 # %% ../../nbs/reproduction/907_exact_claims.ipynb #482b759b
@@ -232,6 +234,22 @@ def smooth_lines_exclude_copies() -> bool:
     even = bool(steps.max() < 1.1 * steps.mean())
     copies = bool((shown[:, None] == training).all(2).any(1).all())
     return not (even and copies)
+
+# %% ../../nbs/reproduction/907_exact_claims.ipynb #f2de4e89
+def printed_vigan_losses_train() -> bool:
+    """Whether the printed losses of D and Q are bounded, and teach Q the right class.
+
+    References:
+        Gorijala & Dukkipati 2017, Eqs. 4, 6, 7, 9, 13, 15.
+    """
+    far, h = torch.full((1,), 1e6), torch.tensor(10.0).log()
+    bounded = three_set_loss(far, -far, -far, "literal") > -1e3
+    logits = torch.zeros(1, 10, requires_grad=True)
+    nll = F.cross_entropy(logits, torch.tensor([3]), reduction="none")
+    slope, = torch.autograd.grad(recognition_loss(nll, "literal"), logits)
+    teaches = slope[0, 3] < 0  # a step down raises the right logit
+    lower = information_bound(h, nll.detach(), "literal") <= h
+    return bool(bounded or teaches or lower)
 
 # %% ../../nbs/reproduction/907_exact_claims.ipynb #50db627d
 def optimal_discriminator() -> bool:
