@@ -145,7 +145,7 @@ def edits(edit):
             for r in edit_rows("M", "", real, model)}
 
 
-def test_an_editor_that_does_nothing_keeps_all_and_changes_nothing():
+def test_an_editor_that_does_nothing_changes_nothing():
     found = edits(lambda x, own, wanted: x)
     for edited in ("none", "left", "right"):
         for digit in ("left", "right"):
