@@ -21,6 +21,8 @@ SHORT = 320  # images per stage, where only the mechanics matter
 RECIPES = declared("RECIPES")
 OFFLINE = [name for name in RECIPES if "digits" in name]  # what the package embeds
 FAMILIES = [name for name in OFFLINE if not name.startswith("evaluator")]
+# images of one digit of 16×16 pixels, which the evaluator of digits reads
+SINGLE = [name for name in OFFLINE if "two-digits" not in name]
 
 
 @cache
@@ -113,7 +115,7 @@ def test_law_4_each_player_updates_only_its_parameters(name):
         table = data(name).table("train")
         table = stage.data(table) if stage.data else table
         first = {k: v[:256] for k, v in table.items()}
-        batch = Batch(first, Noise(("law 4",), slice(None), 256))
+        batch = Batch(first, Noise(("law 4",), slice(None), len(next(iter(first.values())))))
         if stage.on_enter:
             stage.on_enter(batch)
         # away from zero, where whole networks would get no gradient
@@ -239,7 +241,7 @@ def bits(model, x, c):
     return -log_p.mean().item() / (x[0].numel() * 0.6931)
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", SINGLE)
 def test_law_10_a_tiny_run_improves_its_own_metric(name):
     d = data("evaluator-digits")
     x, c = d.split_images("test"), d.table("test")["c"].argmax(1)
@@ -266,8 +268,8 @@ def test_law_10_a_tiny_run_improves_its_own_metric(name):
         assert distance[0] < 0.8 * distance[1]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES
-                                  if fresh(name).conditions.supervised])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in SINGLE
+                                  and fresh(name).conditions.supervised])
 def test_law_7_condition_changes_the_predicted_class(name):
     """The same noise, another digit: the evaluator finds the digit that was asked
     for more probable than before.
@@ -286,7 +288,7 @@ def test_law_7_condition_changes_the_predicted_class(name):
     assert gain.mean() > 4 * gain.std() / 300**0.5 > 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in SINGLE])
 def test_law_8_numbers_do_not_depend_on_batches_or_order(name, monkeypatch):
     d, model, numbers, batched = (data("evaluator-digits"), tiny(name), [],
                                   metrics.map_batches)

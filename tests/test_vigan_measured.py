@@ -59,7 +59,7 @@ def test_a_patch_never_has_pixels_of_the_other_half():
     assert torch.allclose(digit_patches(edge).sum((2, 3)), torch.full((1, 2), 0.25))
 
 
-def test_patches_for_the_evaluator_are_labelled_and_disjoint():
+def test_patches_for_the_evaluator_are_labelled():
     data, source = patches_of("tiny"), two_digits(32, 240, seed=1)
     labels = source.conditions.unpack(source.table("test")["c"])
     found = data.table("test")["c"].argmax(1).view(-1, 2)
@@ -155,7 +155,7 @@ def test_an_editor_that_does_nothing_changes_nothing():
             assert found[edited, digit, "reconstruction_distance"] == 0
 
 
-def test_the_true_edit_is_read_and_shifts_are_in_pixels_of_64():
+def test_a_true_edit_is_read_and_shifts_are_of_64_pixels():
     """A digit of the wanted class replaces the old one, two pixels lower at 32."""
     data, real = reference()
     train = data.table("train")
