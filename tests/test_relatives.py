@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from bars import Bars, batch_of, seeded
 from torch import nn
 
+from condgen.controller import balance_error
 from condgen.models.autoencoder import AutoencoderModel
 from condgen.models.dcgan import DCGAN
 from condgen.models.dcgan_relatives import (
@@ -255,7 +256,8 @@ class EarlyBEGAN(BEGAN):
 class LateBEGAN(BEGAN):
     def discriminator_loss(self, batch):
         terms = super().discriminator_loss(batch)
-        k = self.controller.update(self.error)
+        k = self.controller.update(
+            balance_error(*self.energies, set_point=self.set_point))
         return terms | {"made": (-k, terms["made"][1])}
 
 
