@@ -33,6 +33,7 @@ from ..recipes import Recipe
 from ..results import row
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #864c4952
+#| code-fold: true
 def break_faces(x: Tensor, g: torch.Generator) -> Tensor:
     """Images made of parts of two faces each: blends, halves, exchanged quarters.
 
@@ -92,6 +93,7 @@ def detection_threshold(detector: Any, whole: Tensor) -> float:
     return logits.quantile(0.05).item()
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #52cee752
+#| code-fold: true
 def detail(x: Tensor) -> float:
     """Mean absolute Laplacian of images `(n, c, h, w)`."""
     middle = 4 * x[:, :, 1:-1, 1:-1]
@@ -203,6 +205,7 @@ def model_rows(lab: Lab, models: Mapping[tuple[str, str], tuple[str, dict[str, A
     return rows
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #b3de8aac
+#| code-fold: true
 ADDED = ("glasses", "sunglasses", "hat", "beard", "long_hair")
 WEIGHTS = (1.0, 2.0)
 
@@ -294,6 +297,7 @@ def arithmetic_rows(lab: Lab, name: str, variant: str, model: Model,
     return rows
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #71659cc5
+#| code-fold: true
 FACES = "condgen.experiments.portraits.portraits_of"
 BROKEN = "condgen.experiments.relatives.whole_or_broken"
 IMAGES = {tier: {"adversarial": n} for tier, n in
@@ -349,6 +353,7 @@ RECIPES = [
 ]
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #8d46864a
+#| code-fold: true
 FAMILY = {("VAE", ""): ("vae-portraits", {}),
           ("VAE", "equal seconds"): ("vae-portraits-long", {})}
 FAMILY |= {(LABELS.get(model, model), ""): (f"{NAMES[model]}-portraits", {})
