@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 TIER ?= cpu
+DEMO := runs/demo$(if $(filter-out cpu,$(TIER)),-$(TIER))
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
@@ -19,7 +20,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	@touch $@
 
 demo: $(READY)  ## train CAGlow on handwritten digits and measure it (about three minutes; TIER=tiny: a minute)
-	$(BIN)/python -m condgen reproduce caglow/digits --tier $(TIER) --jobs 2 --runs runs/demo --results runs/demo/metrics.json
+	$(BIN)/python -m condgen reproduce caglow/digits --tier $(TIER) --jobs 2 --runs $(DEMO) --results $(DEMO)/metrics.json
 
 test: $(READY)  ## run all tests, every notebook included
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

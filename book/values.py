@@ -1,6 +1,6 @@
 """Numbers in prose that come from stored rows.
 
-In the text of a chapter a number of a result stands between two comments, which readers
+In the text of a chapter or of README a number of a result stands between two comments, which readers
 do not see: ``<!--= caglow/digits; CAGlow; ; accuracy; ; .3f -->0.991<!--/-->``. The
 fields are experiment, model, variant, metric, point (``key=value`` pairs with commas)
 and format, perhaps followed by ``min`` or ``max`` over training seeds. A line must not
@@ -80,7 +80,10 @@ def typed_numbers(text: str) -> list[str]:
 
 
 def main(root: Path = Path()) -> None:
-    """Write the numbers of all chapters anew."""
+    """Write the numbers of all chapters, and of README, anew."""
+    front = root / "README.md"
+    if front.exists():
+        front.write_text(refresh(front.read_text("utf-8")), encoding="utf-8")
     for path in sorted(root.glob("nbs/**/*.ipynb")):
         book = nbformat.read(path, as_version=4)
         cells = [c for c in book.cells if c.cell_type == "markdown"]

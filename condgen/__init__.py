@@ -23,6 +23,8 @@ VERBS = {  # the public functions and classes that are not models, by module
     "training": ("fit",),
     "runs": ("load", "save", "Run"),
     "evaluation": ("evaluate",),
+    "own_images": ("train_images", "evaluate_run"),
+    "comparison": ("compare_families",),
 }
 
 

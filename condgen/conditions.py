@@ -116,14 +116,50 @@ class Condition:
 class Classes(Condition):
     """One of n classes, one-hot in n columns.
 
-    Values: integers 0 … n−1, or probabilities (floats that sum to 1).
+    Values: integers 0 … n−1, names if the classes have such, or probabilities (floats
+    that sum to 1).
+
+    Args:
+        name: as for every condition.
+        n: number of classes.
+        values: names of the classes in order, all different; none if empty.
     """
 
     n: int
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.set_count(self.n, "classes")
+        names = () if isinstance(self.values, str) else tuple(self.values)
+        if self.values and (len(set(names)) != self.n or len(names) != self.n
+                            or not all(isinstance(v, str) and v for v in names)):
+            raise ValueError(f"{self.name}: class names {str(self.values):.60}; "
+                             f"accepted: {self.n} different texts, or none")
+        object.__setattr__(self, "values", names)
+
+    def __repr__(self) -> str:
+        names = f", values={self.values}" if self.values else ""
+        return f"Classes(name={self.name!r}, n={self.n}{names})"
+
+    def value_name(self, k: int) -> str:
+        """The name of class k; the number itself if the classes have no names."""
+        return self.values[k] if self.values else str(k)
+
+    def numbers(self, value: Any) -> Any:
+        """Names as class numbers; anything else as it is.
+
+        Raises:
+            ValueError: an unknown name; the message has the nearest.
+        """
+        if isinstance(value, str) and self.values:
+            if value not in self.values:
+                raise ValueError(f"{self.name}={value!r}; "
+                                 f"{accepted(self.values, value)}")
+            return self.values.index(value)
+        if isinstance(value, list | tuple) and any(isinstance(v, str) for v in value):
+            return [self.numbers(v) for v in value]
+        return value
 
     @property
     def width(self) -> int:
@@ -132,8 +168,9 @@ class Classes(Condition):
 
     def pack(self, value: Any, n: int) -> Tensor:
         """A class or a probability vector, or n of them → `(n, self.n)`."""
-        v, valid = as_numeric_tensor(value), (f"integers 0 to {self.n - 1}, or "
-                                              f"{self.n} probabilities that sum to 1")
+        v = as_numeric_tensor(self.numbers(value))
+        valid = (f"{', '.join(self.values)}, " if self.values else "") + (
+            f"integers 0 to {self.n - 1}, or {self.n} probabilities that sum to 1")
         if v is None:
             raise self.invalid_value(value, valid)
         if not v.is_floating_point():
@@ -437,7 +474,9 @@ class Schema(tuple):
 
     def to_json(self) -> list[dict[str, Any]]:
         """Types and fields, as JSON can hold them."""
-        return [{"type": type(item).__name__, **asdict(item)} for item in self]
+        return [{"type": type(item).__name__,
+                 **{name: value for name, value in asdict(item).items()
+                    if name != "values" or value}} for item in self]
 
     @classmethod
     def from_json(cls, items: list[dict[str, Any]]) -> "Schema":

@@ -29,9 +29,9 @@ from .drawing import FaceCanvas
 from .faces import (
     ATTRIBUTES, DRAWING, FACTORS, IDENTITIES, edit_factors, labels_from_factors, render,
     render_bytes, sample_factors)
-from condgen.folders import (
-    NO_FOLDER, SPLITS, cache_folder, data_folder, prepared_names, read_folder,
-    read_prepared)
+from .folders import (
+    NO_FOLDER, cache_folder, data_folder, prepared_names, read_folder, read_prepared)
+from .splits import SPLITS
 
 # %% ../nbs/library/804_data.ipynb #4a758497
 @dataclass(eq=False, repr=False)
@@ -46,6 +46,8 @@ class Dataset:
         splits: `train`, `val`, `test` → int64 indices of images.
         values: condition → the texts that its classes 0, 1, … stand for, where labels
             are texts.
+        unlabelled: indices of images to train on whose labels are not known; they are
+            in no split, and their rows of `labels` are zero.
         drawn: how computed images came about; empty for images that were read.
 
     Raises:
@@ -58,6 +60,7 @@ class Dataset:
     conditions: Schema
     splits: dict[str, Tensor]
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unlabelled: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     drawn: str = ""
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class Dataset:
         if set(self.splits) != set(SPLITS) or not len(self.splits["train"]):
             raise ValueError(f"splits {list(self.splits)}; accepted: "
                              f"{', '.join(SPLITS)}, with images to train on")
-        index = torch.cat([self.splits[s] for s in SPLITS])
+        index = torch.cat([*(self.splits[s] for s in SPLITS), self.unlabelled])
         if (not bool(((index >= 0) & (index < n)).all())
                 or len(index.unique()) < len(index)):
             raise ValueError(f"splits overlap or leave 0 … {n - 1}; accepted: "
@@ -387,12 +390,13 @@ def folder(
     size: int | None = 64,
     conditions: Condition | Iterable[Condition] | None = None,
     columns: Iterable[str] | None = None,
+    missing: str = "refuse",
 ) -> Dataset:
     """Data set of your own images: a folder or a zip, and a table of labels.
 
     Arguments and errors are those of `condgen.folders.read_folder`.
     """
-    return Dataset(*read_folder(images, labels, size, conditions, columns))
+    return Dataset(*read_folder(images, labels, size, conditions, columns, missing))
 
 
 def prepared(

@@ -18,9 +18,9 @@ from typing import Any
 
 from .conditions import accepted
 from .files import atomic_file, make_folder, write_atomically
-from .folders import (
-    NO_FOLDER, SPLITS, assign_splits, check_image_size, data_folder)
+from .folders import NO_FOLDER, check_image_size, data_folder
 from .images import read_square_image
+from .splits import SPLITS, assign_splits
 
 # %% ../nbs/library/819_downloads.ipynb #4cfd67c3
 LabelledFile = tuple[str, bytes, dict[str, Any]]

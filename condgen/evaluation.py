@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK_SIZE', 'MIN_DIVERSITY', 'MAX_CLASS_SHORTFALL', 'map_chunks', 'bpd', 'value_per_image', 'generate', 'device_of',
-           'fingerprint', 'balanced_condition', 'predict_classes', 'evaluate', 'n_classes', 'smallest_diversities',
+           'fingerprint', 'balanced_condition', 'predict_classes', 'evaluate', 'smallest_diversities',
            'choose_temperature', 'Protocol', 'cache_features', 'Predictions', 'sample_for_conditions',
            'compare_labelled_sets']
 
@@ -30,6 +30,7 @@ from .distributed import distributed_map
 from .metrics import (accuracy, centroid_distance, diversity, frechet,
                              frechet_distance, knn_two_sample, map_batches, silhouette)
 from .runs import load
+from .splits import measured_classes
 
 # %% ../nbs/library/811_evaluation.ipynb #993eaf37
 CHUNK_SIZE = 200
@@ -88,6 +89,8 @@ def value_per_image(item: Condition, value: Any, n: int) -> Tensor:
         ValueError: not a value of this condition.
     """
     packed, v = item.pack(value, n), as_numeric_tensor(value)
+    if v is None:  # names of classes
+        return item.unpack(packed)
     vectors = (isinstance(item, Code)
                or (isinstance(item, Classes) and v.is_floating_point()))
     return packed if vectors else v.expand(n)
@@ -193,7 +196,9 @@ def evaluate(
         split: the real images.
 
     Returns:
-        Metric → number; `classes`: metric → list; `protocol`.
+        Metric → number; `classes`: metric → list; `protocol`; `left_out`: names of
+        classes that were not measured, having fewer than two images in the split; not
+        there if all were.
 
     Raises:
         ValueError: a condition that the data do not have, a number of samples that is
@@ -210,7 +215,12 @@ def evaluate(
         data.conditions.check([condition])
     if isinstance(evaluator, str | Path):
         evaluator = load(evaluator, device=device_of(model))
-    real, c, train = (data.split_images(split), data.labels[data.indices(split)],
+    condition = condition or balanced_condition(model, data)
+    asked = condition in model.conditions.names
+    index, present, left_out = measured_classes(data, split,
+                                                condition if asked else None)
+    rows = torch.isin(data.indices(split), index)
+    real, c, train = (data.split_images(split)[rows], data.labels[index],
                       data.split_images("train"))
     n = (len(real) * math.ceil(2000 / len(real)) if n is None
          else check_positive_integer(n, "n"))
@@ -218,13 +228,11 @@ def evaluate(
                           generator=torch.Generator().manual_seed(0))[:n].sort().values
     real, c, out, classes = real[some], c[some], {}, {}
     truth, device = data.conditions.unpack(c), device_of(evaluator)
-    condition = condition or balanced_condition(model, data)
-    asked = condition in model.conditions.names
     for verb in ("features", "logits")[: 1 + asked]:
         if not hasattr(evaluator, verb):
             raise ValueError(f"{type(evaluator).__name__} has no {verb}; accepted: "
                              "an evaluator, which has features and logits")
-    wanted = {condition: torch.arange(n) % n_classes(data, condition)} if asked else {}
+    wanted = {condition: present[torch.arange(n) % len(present)]} if asked else {}
     with evaluation_mode(model, evaluator):
         x = generate(model, n, temperature, seed, **wanted)
         out["frechet"] = frechet(x, real, evaluator.features, device=device)
@@ -257,16 +265,9 @@ def evaluate(
     protocol = {"n": n, "reference": len(real), "split": split,
                 "evaluator": fingerprint(evaluator)}
     protocol |= {"temperature": temperature, "seed": seed}
+    if left_out:
+        out["left_out"], protocol["classes"] = left_out, len(present)
     return {**out, "classes": classes, "protocol": protocol}
-
-
-def n_classes(data: Any, condition: str) -> int:
-    """Number of values of a condition that can be sampled in equal numbers."""
-    data.conditions.check([condition])
-    item = data.conditions[data.conditions.names.index(condition)]
-    if not isinstance(item, Classes | Binary):
-        raise ValueError(f"{item} cannot be balanced; accepted: Classes or Binary")
-    return item.n if isinstance(item, Classes) else 2
 
 # %% ../nbs/library/811_evaluation.ipynb #f9f37a42
 # diversity, and how far a class may fall below it

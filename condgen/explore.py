@@ -94,6 +94,9 @@ def make_control(item: Condition, label: str) -> widgets.Widget:
     low, high = value_range(item)
     if low == high:
         return widgets.Dropdown(options=[low], description=label)
+    if isinstance(item, Classes) and item.values:
+        named = [(name, k) for k, name in enumerate(item.values)]
+        return widgets.SelectionSlider(options=named, description=label)
     if isinstance(item, Classes):
         return widgets.IntSlider(low, low, high, description=label)
     return float_slider(label, low, high, slider_step(low, high), low)
@@ -187,8 +190,10 @@ def describe_value(item: Condition, value: Any) -> str:
     """A condition and its value as text."""
     name = item.name.replace("_", " ")
     if isinstance(item, Classes) and isinstance(value, list):
-        return f"{name} " + " and ".join(f"{k} ({100 * p:.3g} %)"
+        return f"{name} " + " and ".join(f"{item.value_name(k)} ({100 * p:.3g} %)"
                                          for k, p in enumerate(value) if p)
+    if isinstance(item, Classes) and item.values:
+        return f"{name} {item.value_name(value)}"
     numbers = value if isinstance(value, list) else [value]
     return f"{name} " + ", ".join(f"{v:g}".replace("-", "\N{MINUS SIGN}")
                                   for v in numbers)

@@ -350,6 +350,7 @@ def train_stage(trainer: Trainer, writer: RunWriter, deadline: float, save_every
     with bar, defer_interrupt(interrupted, accelerator.num_processes):
         while not trainer.over:
             values, played = trainer.round(), trainer.seen // stage.batch
+            bar.total = math.ceil(stage.images / stage.batch) * stage.batch
             bar.update(stage.batch)
             now = {"stage": stage.name, "images": trainer.total,
                    "seconds": round(writer.seconds, 3)}

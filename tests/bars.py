@@ -4,6 +4,7 @@ import torch
 
 from condgen.conditions import Binary, Classes, Code, Real, Schema
 from condgen.contracts import Batch, Noise
+from condgen.training import fit
 
 BAR, BOLD, LIGHT = Classes("bar", 3), Binary("bold"), Real("light", 0, 10)
 KNOWN = Schema([BAR, BOLD, LIGHT])
@@ -54,3 +55,13 @@ def places(x):
     """Where each image's bar is, by its brightest first column, `(n,)`."""
     columns = [x[..., left : left + 1].mean((1, 2, 3)) for left in (0, 3, 6)]
     return torch.stack(columns, 1).argmax(1)
+
+
+def whole_and_resumed(build, data, folder, images=160):
+    """A model trained at once, and one that was stopped after each round."""
+    whole, parts = build(), build()
+    fit(whole, data, folder / "a", images=images, progress=False)
+    while not fit(parts, data, folder / "b", images=images, budget=0,
+                  progress=False).finished:
+        parts = build()
+    return whole, parts

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from condgen.conditions import Binary, Classes, Code, Real, Schema
 from condgen.contracts import Batch, Noise
 from condgen.data import Dataset
-from condgen.folders import SPLITS
+from condgen.splits import SPLITS
 from condgen.models import caae
 from condgen.models.caae import (CAAE, FORM_WEIGHTS, total_variation_loss, to_bipolar,
                                  ks_distance_to_uniform)

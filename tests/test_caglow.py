@@ -14,7 +14,8 @@ from condgen.conditions import Binary, Classes, Code, Real, Schema
 from condgen.contracts import Batch, Noise
 from condgen.models.caglow import CAGlow
 from condgen.models.caglow_networks import (
-    Encoder, PaperEncoder, SupervisionBlock, LatentFeatureExtractor, discriminator_loss,
+    Encoder, FactorEncoder, PaperEncoder, SupervisionBlock, LatentFeatureExtractor,
+    discriminator_loss,
     encoder_loss, feature_matching, group_memberships, residual_pca_scores)
 from condgen.models.cglow import CGlow
 from condgen.models.glow import Glow
@@ -406,12 +407,14 @@ def test_from_glow_gives_the_result_of_both_stages():
     assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_encoder_beyond_memory_is_refused_unbuilt():
+def test_an_encoder_beyond_memory_has_factors():
     with torch.device("meta"):
         for n, latent in ((2, "all"), (40, "top")):
-            CAGlow((3, 64, 64), [Classes("k", n)], latent=latent)
-        with pytest.raises(ValueError, match="10 × 12,288 × 12,288 .*latent='top'"):
-            CAGlow((3, 64, 64), [Classes("k", 10)])
+            dense = CAGlow((3, 64, 64), [Classes("k", n)], latent=latent)
+            assert not isinstance(dense.encoder, FactorEncoder)
+        grown = CAGlow((3, 64, 64), [Classes("k", 10)])
+    assert isinstance(grown.encoder, FactorEncoder)
+    assert sum(p.numel() for p in grown.encoder.parameters()) < 30_000_000
 
 
 def test_from_glow_refuses_other_models():

@@ -55,6 +55,8 @@ def test_list_names_evaluators_apart_from_generators(capsys):
     assert "caglow-digits" in models and "evaluator" not in models
     assert lines[lines.index("Evaluators that ship (--evaluator NAME)") + 1].split() == [
         "evaluator-digits"]
+    assert lines[lines.index("Super-resolution that ships (condgen upscale)") + 1
+                 ].split() == ["gated-upscaler"]
     assert any("reading T: the encoder writes the top" in line for line in lines)
 
 
@@ -119,6 +121,8 @@ MISTAKES = [
      "cannot make folder file: File exists"),
     (["reproduce", "caglow/digits", "--results", "runs"],
      "cannot write runs: it is a folder"),
+    (["cufed5", "nowhere"], "does not exist; accepted: a folder or a zip"),
+    (["cufed5", "."], "no image with a reference; accepted"),
     (["benchmark", "--tier", "tiny", "-o", "runs"],
      "cannot write runs: it is a folder"),
     (["benchmark", "-o", "file/b.json"], "cannot make folder file: File exists"),

@@ -151,7 +151,7 @@ def test_drawn_faces_are_kept_and_drawn_again_if_damaged(tmp_path, monkeypatch):
     d = data.faces(size=16, n=60, identities=3, columns=["glasses", "identity", "yaw"])
     assert (list(d.conditions.names) == ["identity", "yaw", "glasses"]
             and d.shape == (3, 16, 16))
-    assert ([len(d.indices(s)) for s in folders.SPLITS] == [48, 6, 6]
+    assert ([len(d.indices(s)) for s in data.SPLITS] == [48, 6, 6]
             and d.conditions[0].n == 3)
     images, factors = faces.sample_faces(60, 16, 3)
     assert torch.equal(d.images, images)
@@ -193,7 +193,7 @@ def test_drawn_faces_refuse(given, said):
 def test_mnist():
     d = data.mnist(root=MNIST.parents[1])
     assert d.sha256.startswith("1cba8a27017a") and d.shape == (1, 32, 32)
-    assert [len(d.splits[s]) for s in folders.SPLITS] == [50_000, 10_000, 10_000]
+    assert [len(d.splits[s]) for s in data.SPLITS] == [50_000, 10_000, 10_000]
     assert d.images[:, :, :2].sum() == 0 and d.images[0, 0, 2:30, 2:30].any()
 
 
@@ -238,7 +238,8 @@ def test_missing_mnist_error_names_the_folders_searched(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("values", "condition"), [
     ((0, 1, 1, 0), Binary("a")), ((0, 1, 2, 7), Classes("a", 8)),
-    (("x", "y", "x", "z"), Classes("a", 3)), ((0.5, 1, 2, 3), Real("a", 0.5, 3)),
+    (("x", "y", "x", "z"), Classes("a", 3, ("x", "y", "z"))),
+    ((0.5, 1, 2, 3), Real("a", 0.5, 3)),
     ((1, 30, 7, 5), Real("a", 1, 30)), ((-1, 1, 1, -1), Real("a", -1, 1))])
 def test_inferred_conditions(tmp_path, values, condition):
     d = data.folder(squares(tmp_path / "a.zip", column("a", *values)), size=8)
@@ -295,7 +296,7 @@ def test_folder_and_zip_are_the_same(tmp_path):
         z.extractall(tmp_path / "a")
     one, two = data.folder(path, size=8), data.folder(tmp_path / "a", size=8)
     assert one.sha256 == two.sha256 and one.name == two.name == "a"
-    assert [len(one.splits[s]) for s in folders.SPLITS] == [8, 1, 1]
+    assert [len(one.splits[s]) for s in data.SPLITS] == [6, 2, 2]
     (tmp_path / "a/labels.csv").unlink()
     assert data.folder(tmp_path / "a", size=8).conditions == Schema()
 
@@ -321,7 +322,7 @@ def test_parts_depend_on_names_only():
     names = [f"{i}.png" for i in range(100)]
     assert folders.assign_splits(names) == folders.assign_splits(names[::-1])
     assert [list(folders.assign_splits(names).values()).count(s)
-            for s in folders.SPLITS] == [80, 10, 10]
+            for s in data.SPLITS] == [80, 10, 10]
     assert set(folders.assign_splits(["a", "b"]).values()) == {"train"}
 
 
@@ -645,7 +646,7 @@ def test_lfw(tmp_path):
     d = data.prepared("lfw16", columns=["identity"])
     who = d.conditions.unpack(d.labels)["identity"]
     assert d.shape == (3, 16, 16) and d.conditions == Schema([Classes("identity", 12)])
-    parts = [set(who[d.splits[s]].tolist()) for s in folders.SPLITS]
+    parts = [set(who[d.splits[s]].tolist()) for s in data.SPLITS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 12
     assert data.load("lfw16", 8).conditions == Schema()
 

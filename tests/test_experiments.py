@@ -167,6 +167,19 @@ def test_probe_tolerances():
     assert probe_differences(base, with_row(frechet=float("nan")))
 
 
+def test_another_processor_widens_the_tolerance():
+    """By its name only: an unknown one is compared strictly, and a sign is found."""
+    label = "A |  | accuracy | "
+    base = {"losses": {"m.flow.bpd": 7.0}, "rows": {label: 0.5}, "processor": "A 1"}
+    moved = {"losses": {"m.flow.bpd": 7.6}, "rows": {label: 0.9}, "processor": "B 2"}
+    assert probe_differences(base, moved) == []
+    assert len(probe_differences(base, {**moved, "processor": "A 1"})) == 2
+    assert len(probe_differences({**base, "processor": None}, moved)) == 2
+    for broken in ({"losses": {"m.flow.bpd": -7.0}}, {"rows": {}},
+                   {"losses": {"m.flow.bpd": float("nan")}}):
+        assert len(probe_differences(base, {**moved, **broken})) == 1
+
+
 def test_small_values_are_compared_relatively():
     """Interference is a few thousandths: an absolute tolerance would never see it."""
     assert differs("interference", 0.004, 0.0046) and not differs("interference", 0.04, 0.0402)

@@ -4,6 +4,7 @@ and conditions fuzzed.
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -11,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 
 from condgen.__main__ import main, parse_conditions
 from condgen.conditions import Binary, Classes, Code, Real, Schema
@@ -42,6 +45,8 @@ def child(folder, *arguments, limit=None, says=os.devnull):
     if number:
         return number
     code = 1
+    # bars of forked processes share a lock, which a killed one would keep for ever
+    tqdm.set_lock(threading.RLock())
     with contextlib.suppress(BaseException):
         # background jobs of a shell ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -235,6 +240,22 @@ def test_full_disk_stops_training_without_data_loss(whole, tmp_path, limit):
             == before)
     assert condgen(tmp_path, *TRAIN)[0] == 0
     check(tmp_path, whole)
+
+
+@forks
+@pytest.mark.timeout(120)
+def test_a_killed_process_holds_no_lock_of_the_next_one(tmp_path):
+    before = tqdm.get_lock()
+    tqdm.set_lock(multiprocessing.RLock())
+    try:
+        number = os.fork()
+        if not number:
+            tqdm.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(number, 0)
+        assert condgen(tmp_path, *TRAIN, "--budget", "0s")[0] == 0
+    finally:
+        tqdm.set_lock(before)
 
 
 @forks

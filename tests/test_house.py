@@ -32,7 +32,7 @@ AT_HOME = {"explore": {"ipywidgets", "anywidget"}, "game_explorer": {"ipywidgets
            "latent_explorer": {"ipywidgets"},
            "__main__": {"typer"}, "arguments": {"typer"}}
 MATHEMATICS = ("bijections", "blocks", "bounds", "divergences", "games", "instability",
-               "reversible", "solvable")
+               "matching", "reversible", "solvable", "texture_loss")
 TORCH_ONLY = {**dict.fromkeys(MATHEMATICS, {"torch", "numpy"}),
               "checks": {"torch"}, "conditions": {"torch", "numpy"}, "contracts": {"torch"},
               "drawing": {"torch"}, "faces": {"torch", "numpy"}, "files": {"torch"},

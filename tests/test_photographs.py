@@ -20,7 +20,7 @@ from condgen.experiments import photographs
 from condgen.experiments.photographs import (
     celeba_people, known_people_accuracies, overall_diversity, people_dataset,
     split_within_people)
-from condgen.folders import SPLITS
+from condgen.splits import SPLITS
 from condgen.lab import Lab
 
 

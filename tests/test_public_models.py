@@ -82,7 +82,9 @@ def refused(name, verb, *args):
 
 def test_the_models_of_all_recipes_are_tested():
     trained = {recipe.model.rpartition(".")[2] for recipe in declared("RECIPES").values()}
-    assert trained <= {*GENERATORS, *EVALUATORS}
+    # take an image; see test_srntt.py
+    upscalers = {"SISR", "AdversarialSISR", "SRNTT", "GatedTransfer"}
+    assert trained <= {*GENERATORS, *EVALUATORS} | upscalers
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -224,7 +224,7 @@ def glow():
 
 @cache
 def tiny_run(name):
-    parents = {part: glow() for part in RECIPES[name].parents}
+    parents = {part: tiny(parent) for part, parent in RECIPES[name].parents.items()}
     return prepare(RECIPES[name], "tiny", 0, parents).run(None, progress=False)
 
 

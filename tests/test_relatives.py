@@ -6,7 +6,7 @@ Errors are planted by subclasses; the check that must hold fails on each of them
 import pytest
 import torch
 import torch.nn.functional as F
-from bars import Bars, batch_of, seeded
+from bars import Bars, batch_of, seeded, whole_and_resumed
 from torch import nn
 
 from condgen.controller import balance_error
@@ -94,11 +94,7 @@ def test_models_train_and_reload(kind, options, tmp_path):
 
 @pytest.mark.parametrize(("kind", "options"), [(BEGAN, {}), (EBGAN, {}), (ALI, {})])
 def test_law_5_resumed_run_equals_uninterrupted_run(kind, options, tmp_path):
-    whole, parts = build(kind), build(kind)
-    fit(whole, Bars(()), tmp_path / "a", images=160, progress=False)
-    while not fit(parts, Bars(()), tmp_path / "b", images=160, budget=0,
-                  progress=False).finished:
-        parts = build(kind)
+    whole, parts = whole_and_resumed(lambda: build(kind), Bars(()), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(
         whole.state_dict().values(), parts.state_dict().values(), strict=True))
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from condgen.conditions import Binary, Schema
+from condgen.contracts import Batch, Noise
 from condgen.evaluation import generate
 from condgen.experiments.portraits import portraits_of
 from condgen.experiments.relatives import (
-    ADDED, RECIPES, AttributeReader, Reference, active_share, arithmetic_rows, blur, break_faces,
-    detail, last_quarter, line_steps, whole_or_broken)
+    ADDED, RECIPES, AttributeReader, Reference, activation_memory, active_share,
+    arithmetic_rows, blur, break_faces, detail, last_quarter, line_steps, whole_or_broken)
 
 from condgen.recipes import find, prepare
 
@@ -167,3 +168,26 @@ def test_a_tiny_training_brings_samples_nearer_to_the_data(name):
     before = real.of_samples(generate(training.model, 360))["frechet"]
     after = real.of_samples(generate(training.run(None, progress=False).model, 360))
     assert after["frechet"] < 0.8 * before
+
+
+@pytest.mark.parametrize("name", ["dcgan-portraits", "avae-portraits"])
+def test_memory_of_a_step_grows_with_the_batch(name):
+    """In proportion, but for what batch norm and losses keep of the whole batch."""
+    model, found = prepare(find(name), "tiny", 0).model, []
+    for n in (8, 16):
+        batch = Batch({"x": torch.rand(n, *model.shape), "c": torch.zeros(n, 0)},
+                      Noise(("memory",), slice(0, n), n))
+        found.append(activation_memory(model, batch))
+    assert found[0] > 0 and 1.8 < found[1] / found[0] < 2.01
+
+
+def test_memory_counts_saved_numbers_once():
+    """A square saves its input; weights, and the same numbers twice, do not count."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    player = SimpleNamespace(params=[weight], loss=lambda batch: {
+        "twice": (1.0, ((batch.x * weight).square() + (batch.x * weight)).sum())})
+    model = SimpleNamespace(
+        parameters=lambda: [weight], buffers=list,
+        stages=lambda: [SimpleNamespace(players=lambda stage: [player])])
+    batch = Batch({"x": torch.rand(256, 8)}, Noise(("memory",), slice(0, 256), 256))
+    assert activation_memory(model, batch) == 2 * 4 * 256 * 8 / 2**20

@@ -31,6 +31,12 @@ def test_numbers_in_prose_are_those_of_the_rows(path, monkeypatch):
     assert text.count("<!--=") == text.count("<!--/-->")
 
 
+def test_numbers_of_readme_are_those_of_the_rows(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert refresh(text) == text and text.count("<!--=") == text.count("<!--/-->") > 5
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=[p.stem for p in CHAPTERS])
 def test_closing_sections_hold_no_typed_results(path):
     assert typed_numbers(text_of(path)) == []

@@ -9,23 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from condgen.conditions import Classes, Schema
+from evaluators import NearestDigit
+
 from condgen.experiments.vigan import (
-    PATCH, PairReference, digit_patches, edit_rows, patches_of, realism)
+    EXPERIMENTS, PATCH, PairReference, digit_patches, edit_rows, patches_of, realism,
+    two_digit_rows)
+from condgen.recipes import find, resolve
 from condgen.two_digits import digit_centroids, place_pairs, two_digits
-
-
-class NearestDigit:
-    """An evaluator that gives the class of the nearest of its patches."""
-
-    conditions = Schema([Classes("digit", 10)])
-
-    def __init__(self, patches, classes):
-        self.patches, self.classes = patches.flatten(1), classes
-
-    def logits(self, x):
-        index = torch.cdist(x.float().flatten(1), self.patches).argmin(1)
-        return F.one_hot(self.classes[index], 10).float()
 
 
 @cache
@@ -185,3 +175,23 @@ def test_a_true_edit_is_read_and_shifts_are_of_64_pixels():
                                                   x[..., :-2, :]], 2))
     assert low["none", "left", "centroid_shift"] == pytest.approx(4, abs=0.1)
 
+
+
+class Asked(Exception):
+    """Names the recipe that an experiment trains."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_an_experiment_measures_its_own_recipe_and_size(experiment):
+    def train(name):
+        raise Asked(name)
+
+    data, real = reference()
+    lab = SimpleNamespace(size={"n": 24, "known": 100}, data=data, first=False,
+                          evaluator=lambda name: real.evaluator, train=train,
+                          experiment=experiment)
+    with pytest.raises(Asked, match=f"^{experiment.recipes[-1]}$"):
+        two_digit_rows(lab)
+    side = 64 if experiment.name.endswith("-64") else 32
+    for source in (experiment.data, find(experiment.recipes[-1]).data):
+        assert resolve(source)("tiny").shape == (1, side, side)

@@ -7,10 +7,11 @@ __all__ = ['PRINTED_GAINS', 'INCEPTION_SCORES', 'distributions', 'joint_change_o
            'bound_of_condition_likelihood', 'sum_of_kls_is_js', 'objective_is_acgans', 'ratio_response',
            'low_gain_is_slow', 'high_gain_is_unstable', 'integral_rule_leaves_error', 'printed_gains_settle_earlier',
            'integral_oscillates', 'derivative_damps', 'samples_need_decoder_only', 'scores_close_to_semi_supervised',
-           'smooth_lines_exclude_copies', 'printed_vigan_losses_train', 'optimal_discriminator',
-           'generator_term_constant', 'generator_minimizes_kl', 'faults_come_from_kl', 'kl_price_of_errors',
-           'no_gradient_without_overlap', 'equal_outputs_are_indirect', 'edit_needs_no_label',
-           'decoupled_losses_do_not_interact', 'gram_distance', 'texture_loss_minimizer', 'similarity_is_cosine']
+           'smooth_lines_exclude_copies', 'printed_vigan_losses_train', 'ranges_shrink_towards_the_attribute',
+           'edits_meet_far_away', 'optimal_discriminator', 'generator_term_constant', 'generator_minimizes_kl',
+           'faults_come_from_kl', 'kl_price_of_errors', 'no_gradient_without_overlap', 'equal_outputs_are_indirect',
+           'edit_needs_no_label', 'decoupled_losses_do_not_interact', 'gram_distance', 'texture_loss_minimizer',
+           'similarity_is_cosine']
 
 # %% ../../nbs/reproduction/907_exact_claims.ipynb #164300f1
 import math
@@ -19,7 +20,7 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bijections import InvertibleConv, standard_normal_log_prob
 from ..bounds import condition_bound
@@ -31,8 +32,10 @@ from ..games import optimal_logit
 from ..instability import (
     best_response, generator_term_at_optimum, kl_to_mixture, negative_gradient,
     saturating_surrogate)
+from ..models.attribute_directions import TwoNormals, spread_of_ends
 from ..models.avae import AVAE
 from ..models.caae import CAAE
+from ..models.dcgan import DCGAN
 from ..models.decoupled import DecoupledAE
 from ..models.transport import AgeTransitions
 from ..models.vigan import (
@@ -250,6 +253,29 @@ def printed_vigan_losses_train() -> bool:
     teaches = slope[0, 3] < 0  # a step down raises the right logit
     lower = information_bound(h, nll.detach(), "literal") <= h
     return bool(bounded or teaches or lower)
+
+# %% ../../nbs/reproduction/907_exact_claims.ipynb #fbefc2bd
+def ranges_shrink_towards_the_attribute() -> bool:
+    """Whether the distance to go falls as a projection nears the attributed mean."""
+    fitted = TwoNormals(0.0, 1.0, 4.0, 0.7)
+    p = torch.linspace(-3, 4, 50)
+    far = torch.stack(fitted.safe_range(p, 2.0)).abs().amax(0)
+    return bool((far.diff() < 0).all())
+
+
+def edits_meet_far_away() -> bool:
+    """Whether edits of an untrained DCGAN with large weights end in one image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gan, z = DCGAN((1, 16, 16), width=4), torch.randn(30, 64)
+    for part in gan.generator.modules():
+        if isinstance(part, nn.Linear | nn.ConvTranspose2d):
+            part.weight.data *= 10
+    direction = F.normalize(z[0] - z[1], dim=0)
+    plain = lambda z: gan.generate(None, z)
+    on_sphere = lambda z: gan.generate(None, 8 * F.normalize(z, dim=1))
+    return all(spread_of_ends(decode, z[2:], direction, k) < 0.1
+               for decode in (plain, on_sphere) for k in (-1_000.0, 1_000.0))
 
 # %% ../../nbs/reproduction/907_exact_claims.ipynb #50db627d
 def optimal_discriminator() -> bool:

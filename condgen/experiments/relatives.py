@@ -7,9 +7,9 @@ __all__ = ['ADDED', 'WEIGHTS', 'FACES', 'BROKEN', 'IMAGES', 'VAE_IMAGES', 'DIGIT
            'PRINTED', 'AVAE_SIZES', 'PLACES', 'LABELS', 'NAMES', 'VAE_SIZES', 'RECIPES', 'FAMILY', 'MODERN',
            'DIGIT_FAMILY', 'ENCODING', 'VARIANTS', 'SAMPLES', 'LINES', 'DIGIT_SAMPLES', 'STRIDED', 'EXPERIMENTS',
            'break_faces', 'blur', 'whole_or_broken', 'detection_threshold', 'detail', 'active_share', 'Reference',
-           'measure_model', 'last_quarter', 'model_rows', 'AttributeReader', 'line_ends', 'line_steps',
-           'arithmetic_rows', 'relative_recipe', 'plot_family', 'faces_rows', 'digits_rows', 'latent_rows',
-           'parts_rows']
+           'measure_model', 'last_quarter', 'model_rows', 'activation_memory', 'AttributeReader', 'line_ends',
+           'line_steps', 'arithmetic_rows', 'relative_recipe', 'plot_family', 'faces_rows', 'digits_rows',
+           'latent_rows', 'parts_rows', 'memory_rows']
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #3e34f140
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conditions import Binary, Schema
-from ..contracts import Model, seed_of
+from ..contracts import Batch, Model, Noise, seed_of
 from ..data import Dataset
 from ..evaluation import evaluation_mode, generate
 from .digits import AUGMENTED, PLAIN
 from .portraits import portraits_of
 from ..lab import Experiment, Lab, Rows
 from ..metrics import frechet_distance, map_batches
-from ..recipes import Recipe
+from ..recipes import Recipe, find, prepare
 from ..results import row
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #864c4952
@@ -203,6 +203,37 @@ def model_rows(lab: Lab, models: Mapping[tuple[str, str], tuple[str, dict[str, A
     if lab.first:
         rows.append(row("real training images", "frechet", real.floor, **facts))
     return rows
+
+# %% ../../nbs/autoencoders/411_relatives_measured.ipynb #5520c1ce
+#| code-fold: true
+def activation_memory(model: Model, batch: Batch) -> float:
+    """MiB that the largest step of a round keeps for its gradients.
+
+    Counted as what autograd saves between a player's loss and its gradients, weights
+    aside, so it depends on no allocator.
+
+    Args:
+        model: of one stage, which has entered it.
+        batch: of real images.
+    """
+    own = {item.untyped_storage().data_ptr()
+           for item in (*model.parameters(), *model.buffers())}
+    [stage], largest = model.stages(), 0
+    for player in stage.players(stage):
+        saved: dict[int, int] = {}
+
+        def keep(item: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = item.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return item
+
+        for item in model.parameters():
+            item.requires_grad_(any(item is mine for mine in player.params))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda item: item):
+            terms = player.loss(batch)
+        largest = max(largest, sum(size for at, size in saved.items() if at not in own))
+        del terms
+    return largest / 2**20
 
 # %% ../../nbs/autoencoders/411_relatives_measured.ipynb #b3de8aac
 #| code-fold: true
@@ -427,6 +458,20 @@ def parts_rows(lab: Lab) -> Rows:
     return model_rows(lab, models, real, evaluator="evaluator-digits")
 
 
+def memory_rows(lab: Lab) -> Rows:
+    """Memory of the largest step of each model on faces; nothing is trained."""
+    n, rows = 32, []
+    x = lab.data.split_images("train")[:n].clone()  # storages are counted whole
+    for (name, variant), (recipe, arguments) in FAMILY.items():
+        torch.manual_seed(0)
+        model = prepare(find(recipe), lab.tier, 0, {}, arguments).model
+        noise = Noise(("memory",), slice(0, n), n)
+        batch = Batch({"x": x, "c": x.new_zeros(n, 0)}, noise)
+        rows.append(row(name, "activation_mb", activation_memory(model, batch), variant,
+                        batch=n))
+    return rows
+
+
 SAMPLES = {"tiny": {"n": 64}, "cpu": {"n": 2_000}, "full": {"n": 2_000}}
 LINES = {"tiny": {"lines": 16, "coded": 200}, "cpu": {"lines": 400, "coded": 6_000},
          "full": {"lines": 400, "coded": 20_000}}
@@ -437,6 +482,8 @@ EXPERIMENTS = [
                faces_rows, tuple(dict.fromkeys(
                    ("evaluator-faces", "detector-faces", *STRIDED))), FACES, SAMPLES,
                figures=plot_family),
+    Experiment("avae/memory", "Memory of a step of each model on drawn portraits",
+               memory_rows, (), FACES),
     Experiment("avae/latent", "Lines and arithmetic in latent spaces of portraits",
                latent_rows, ("evaluator-faces", *ENCODING.values()), FACES, LINES),
     Experiment("avae/digits", "The family and its modern variants on digits",

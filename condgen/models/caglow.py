@@ -18,8 +18,9 @@ from ..checks import (
 from ..conditions import Condition
 from ..contracts import Batch, Model, Noise, Player, Stage, Terms
 from .caglow_networks import (
-    Encoder, PaperEncoder, SupervisionBlock, discriminator_loss, encoder_loss,
-    feature_matching, group_memberships, residual_pca_scores)
+    MAX_ROOT, Encoder, FactorEncoder, PaperEncoder, SupervisionBlock,
+    discriminator_loss, encoder_loss, feature_matching, group_memberships,
+    residual_pca_scores, root_numbers)
 from .glow import Glow
 
 # %% ../../nbs/caglow/302_caglow.ipynb #c97f4f73
@@ -161,8 +162,10 @@ class CAGlow(AdversarialLatentModel):
         latent: `"all"`: the encoder writes the whole latent; `"top"`: only the coarsest
             level, the rest is noise.
         matching: `"class_mean"` or `"pair"`: rule of Eq. 14.
-        networks: `"large"`: `Encoder` and a supervision block over all levels;
-            `"paper"`: two fully connected layers of `hidden` units each.
+        networks: `"large"`: `Encoder` and a supervision block over all levels, with
+            `FactorEncoder` where `Encoder` would have more than `MAX_ROOT` numbers;
+            `"factors"`: `FactorEncoder` in any case; `"paper"`: two fully connected
+            layers of `hidden` units each.
         hidden: units per layer of encoder and supervision block.
         noise: size of ε for the paper's encoder.
         weights: λ of Eq. 15 by loss: E, D, C, De, FM; those left out keep their
@@ -199,7 +202,8 @@ class CAGlow(AdversarialLatentModel):
                              "one or more conditions or codes")
         for name, value, valid in (("latent", latent, ("all", "top")),
                                    ("matching", matching, ("class_mean", "pair")),
-                                   ("networks", networks, ("large", "paper")),
+                                   ("networks", networks,
+                                    ("large", "factors", "paper")),
                                    ("form", form, ("corrected", "literal"))):
             if value not in valid:
                 raise ValueError(f"{name}={value!r}; {accepted(valid, value)}")
@@ -212,14 +216,18 @@ class CAGlow(AdversarialLatentModel):
         shapes = (self.glow.flow.shapes if latent == "all"
                   else self.glow.flow.shapes[-1:])
         self.written = sum(math.prod(level) for level in shapes)
-        if networks == "large":
+        if networks == "factors" or (
+                networks == "large"
+                and root_numbers(self.conditions, self.written) > MAX_ROOT):
+            self.encoder = FactorEncoder(self.conditions, self.written, hidden)
+        elif networks == "large":
             self.encoder = Encoder(self.conditions, self.written, hidden)
         else:
             shapes = [(self.written, 1, 1)]
             self.encoder = PaperEncoder(self.conditions.width, self.written, hidden,
                                         noise)
         self.supervision = SupervisionBlock(shapes, self.conditions, hidden,
-                                            networks == "large")
+                                            networks != "paper")
 
     @classmethod
     def from_glow(cls, glow: Glow, conditions: Iterable[Condition],
@@ -271,7 +279,8 @@ class CAGlow(AdversarialLatentModel):
         supervision, named = (list(self.supervision.parameters()),
                               dict(self.encoder.named_parameters()))
         gaussian = [named.pop(name)
-                    for name in ("mean", "root", "axes") if name in named]
+                    for name in ("mean", "root", "scale", "factors", "axes")
+                    if name in named]
         groups = [{"params": list(named.values()), "lr": 3e-4}]
         groups += [{"params": gaussian, "lr": 1e-4}] if gaussian else []
         return [Player("supervision", supervision, self.supervision_loss,
@@ -288,9 +297,11 @@ class CAGlow(AdversarialLatentModel):
                 self.encoder.initialize_from(batch.z[:, : self.written], batch.c,
                                              scores)
 
+        few = (min(20_000, 2**26 // self.written)
+               if isinstance(self.encoder, FactorEncoder) else 20_000)
         adversarial = Stage(
             "adversarial", images=80_000, batch=80, players=self.players,
-            data=self.latents, on_enter=start, start=20_000, ema=0.995,
+            data=self.latents, on_enter=start, start=few, ema=0.995,
             schedule=lambda progress: min(1.0, max(0.02, 2 * (1 - progress))))
         return ([adversarial] if self.pretrained
                 else [self.glow.flow_stage(), adversarial])

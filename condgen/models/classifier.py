@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['distort', 'small_cnn', 'GoogLeNetFeatures', 'Evaluator', 'one_cycle', 'FaceEvaluator', 'GuideClassifier',
-           'FaceGuideClassifier']
+           'FaceGuideClassifier', 'OwnEvaluator']
 
 # %% ../../nbs/library/810_evaluators.ipynb #0a91ddfa
 from collections.abc import Iterable
@@ -18,16 +18,18 @@ from ..conditions import Condition
 from ..contracts import Batch, Model, Player, Stage, Terms
 
 # %% ../../nbs/library/810_evaluators.ipynb #3c9fa3ce
-def distort(x: Tensor, u: Tensor) -> Tensor:
+def distort(x: Tensor, u: Tensor, outside: str = "zeros") -> Tensor:
     """Random rotation, scale, shear and shift of each image.
 
     Args:
         x: `(n, c, h, w)`.
         u: uniform numbers in [0, 1), `(n, 5)`: angle ±0.25 rad, size ±15 %, slant ±0.2,
             shifts ±6 % of a side.
+        outside: what comes from outside: `"zeros"`, black, or `"border"`, the nearest
+            pixel.
 
     Returns:
-        Images of the same shape; what comes from outside is black.
+        Images of the same shape.
     """
     angle, size, slant, dx, dy = (
         (2 * u - 1) * u.new_tensor([0.25, 0.15, 0.2, 0.12, 0.12])).unbind(1)
@@ -36,24 +38,26 @@ def distort(x: Tensor, u: Tensor) -> Tensor:
                         size * angle.cos(), dy], 1)
     return F.grid_sample(
         x, F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False),
-        align_corners=False)
+        align_corners=False, padding_mode=outside)
 
 # %% ../../nbs/library/810_evaluators.ipynb #c839b484
-def small_cnn(channels: int, width: int, features: int) -> nn.Sequential:
+def small_cnn(channels: int, width: int, features: int,
+              places: int = 2) -> nn.Sequential:
     """Three convolutions and a linear layer: images → `(n, features)`.
 
     Args:
         channels: of the images.
         width: channels of the first convolution.
         features: that come out.
+        places: side of the grid of places to which the last convolution is averaged.
     """
     layers, c = [], channels
     for i, k in enumerate((width, 2 * width, 2 * width)):
         layers += ([nn.Conv2d(c, k, 3, padding=1), nn.BatchNorm2d(k), nn.ReLU()]
                    + ([nn.MaxPool2d(2)] if i < 2 else []))
         c = k
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                         nn.Linear(4 * c, features), nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(places), nn.Flatten(),
+                         nn.Linear(places**2 * c, features), nn.ReLU())
 
 # %% ../../nbs/library/810_evaluators.ipynb #74f1f361
 class GoogLeNetFeatures(nn.Module):
@@ -179,3 +183,39 @@ class FaceGuideClassifier(GuideClassifier):
     """Guide classifier trained with horizontal flips, as `FaceEvaluator`."""
 
     loss = FaceEvaluator.loss
+
+# %% ../../nbs/library/810_evaluators.ipynb #ea99ba4e
+class OwnEvaluator(GuideClassifier):
+    """Evaluator of a user's images, of which there may be few.
+
+    The small network with 4×4 places and 128 features. It is trained with `distort`,
+    and with contrast within ±20 % and brightness within ±10 %.
+
+    Args:
+        shape: `(channels, height, width)`.
+        conditions: what it reads.
+        width: channels of the first layer.
+        lr: peak learning rate of Adam.
+
+    Example:
+        >>> from condgen.conditions import Classes
+        >>> OwnEvaluator((1, 32, 32), [Classes("person", 40)]).features(
+        ...     torch.rand(2, 1, 32, 32)).shape
+        torch.Size([2, 128])
+    """
+
+    def __init__(self, shape: tuple[int, int, int], conditions: Iterable[Condition],
+                 width: int = 32, lr: float = 4e-3):
+        super().__init__(shape, conditions, width, lr)
+        self.trunk = small_cnn(self.shape[0], width, 128, 4)
+        self.head = nn.Linear(128, self.conditions.width)
+
+    def loss(self, batch: Batch) -> Terms:
+        """−log q(c|x) of every condition, on distorted images in other light."""
+        x = distort(batch.x, batch.rand("distort", 5), "border")
+        contrast, light = (batch.rand("light", 2) - 0.5)[:, :, None, None].split(1, 1)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = (mean + (x - mean) * (1 + 0.4 * contrast) + 0.2 * light).clamp(0, 1)
+        return {name: (1.0, nll.mean()) for name, nll in
+                self.conditions.nll(self.head(self.trunk(x)), batch.c).items()}
+

@@ -209,7 +209,8 @@ def infer_noise(model: CAGlow, z: Tensor, c: Tensor) -> Tensor:
         ValueError: another encoder.
     """
     encoder = model.encoder
-    whole = isinstance(encoder, Encoder) and model.written == model.glow.dims
+    dense = isinstance(encoder, Encoder) and hasattr(encoder, "root")
+    whole = dense and model.written == model.glow.dims
     if not whole or encoder.per_class:
         raise ValueError(f"the encoder of {type(model).__name__} has no single "
                          f"Gaussian over the whole latent; accepted: networks='large', "

@@ -206,9 +206,14 @@ class ViGAN(AutoencoderModel):
             *layer(nn.Linear(size, RECOGNISER_SIZE), "batch", 0.2),
             nn.Linear(RECOGNISER_SIZE, self.conditions.width))
 
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of q(z|x), each `(n, latent)`."""
+        mean, log_std = self.encoder(2 * x - 1).chunk(2, 1)
+        return mean, log_std
+
     def codes_of(self, x: Tensor) -> Tensor:
         """Means of q(z|x), `(n, latent)`."""
-        return self.encoder(2 * x - 1)[:, : self.latent_size]
+        return self.posterior(x)[0]
 
     def generate(self, c: Tensor, z: Tensor) -> Tensor:
         """Images in [0, 1] for descriptions `(n, width)` and codes `(n, latent)`."""
@@ -222,6 +227,17 @@ class ViGAN(AutoencoderModel):
         """Logits of D `(n,)` and answers of Q `(n, width)` to images in [0, 1]."""
         h = self.trunk(self.look(2 * x - 1))
         return self.real(h)[:, 0], self.recogniser(h)
+
+    def observe(self, batch: Batch, kind: str,
+                x: Tensor) -> tuple[Tensor, Tensor]:
+        """D and Q of images in training, `(k batch.n, c, s, s)`; variants may change x.
+
+        Args:
+            batch: of the step.
+            kind: which images: `"real"`, `"fake"`, …
+            x: in [0, 1].
+        """
+        return self.discriminate(x)
 
     @torch.no_grad()
     def recognise(self, x: Tensor) -> dict[str, Tensor]:
@@ -247,9 +263,18 @@ class ViGAN(AutoencoderModel):
 
     def draw_code(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A draw of q(z|x) for each image, and its KL divergence, `(n,)` in nats."""
-        mean, log_std = self.encoder(2 * batch.x.to(self.rows) - 1).chunk(2, 1)
+        mean, log_std = self.posterior(batch.x.to(self.rows))
         eps = batch.randn("eps", self.latent_size).to(mean)
-        return reparametrize(mean, log_std, eps), kl_gaussian(mean, log_std)
+        return reparametrize(mean, log_std, eps), self.prior_divergence(mean, log_std)
+
+    def prior_divergence(self, mean: Tensor, log_std: Tensor) -> Tensor:
+        """What L_prior averages, `(n,)` in nats; variants may change it.
+
+        Args:
+            mean: of q(z|x), `(n, latent)`.
+            log_std: the same.
+        """
+        return kl_gaussian(mean, log_std)
 
     def fakes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Reconstructions and, after them, samples, with their descriptions."""
@@ -274,7 +299,7 @@ class ViGAN(AutoencoderModel):
     def generator_loss(self, batch: Batch) -> Terms:
         """Eq. 14: the game and Q on both kinds of images, and the feature loss."""
         x, c = self.fakes(batch)
-        logits, answers = self.discriminate(x)
+        logits, answers = self.observe(batch, "generated", x)
         nll = self.conditions.nll(answers, c)
         # the mean over both kinds, twice: the sum of two expectations
         return {"G": (2.0, non_saturating_generator(logits)),
@@ -287,8 +312,8 @@ class ViGAN(AutoencoderModel):
         """L_recog of real images (Eq. 13), and L_dis of all three kinds (Eq. 15)."""
         with torch.no_grad():
             fake, _ = self.fakes(batch)
-        real, answers = self.discriminate(batch.x.to(fake))
-        both = self.discriminate(fake)[0].split(batch.n)
+        real, answers = self.observe(batch, "real", batch.x.to(fake))
+        both = self.observe(batch, "fake", fake)[0].split(batch.n)
         nll = self.conditions.nll(answers, self.packed(batch))
         return {**{f"Q_{name}": (1.0, recognition_loss(value, self.form))
                    for name, value in nll.items()},
