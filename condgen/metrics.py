@@ -59,7 +59,7 @@ HIGHER_IS_BETTER = (
     "*mode_precision *monotonicity area_ratio *rank_agreement *rank_correlation "
     "*coverage *r_squared information_bound:nats *face_share *active_share "
     "*digit_share *realism *least_share *auc d_prime psnr_rgb:dB ssim_rgb "
-    "*edit_share !gain_per_minute:1/min"
+    "*edit_share !gain_per_minute:1/min *right_share *place_share psnr_gain:dB"
 )
 NO_BETTER_DIRECTION = (
     "*temperature *silhouette parameters evaluator_probability *mode_share sharpness "

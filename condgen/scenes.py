@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'SITES', 'FINE', 'AMPLITUDES', 'KINDS', 'SHARES', 'ALL_KINDS', 'draw_textures', 'draw_layout',
-           'pixel_centres', 'texture_values', 'paint', 'reference_textures', 'viewed_places', 'scene_pairs',
-           'draw_reference', 'PairedImages', 'scenes']
+           'pixel_centres', 'texture_values', 'paint', 'reference_textures', 'viewed_places', 'draw_scene',
+           'scene_pairs', 'draw_reference', 'PairedImages', 'scenes']
 
 # %% ../nbs/superres/701_textures.ipynb #0965c2e1
 import math
@@ -140,6 +140,13 @@ def viewed_places(size: int, kind: str, rng: torch.Generator) -> tuple[Tensor, T
     return (middle + offset @ jacobian.T / (1 + offset @ tilt)[..., None], jacobian)
 
 # %% ../nbs/superres/701_textures.ipynb #000a5e52
+def draw_scene(size: int, seed: Iterable[object],
+               ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Textures and layout of a scene of size × size pixels."""
+    rng = torch.Generator().manual_seed(seed_of("scene", *seed))
+    return draw_textures(rng), draw_layout(rng, size)
+
+
 def scene_pairs(size: int, n: int, kinds: Iterable[str] = KINDS,
                 seed: object = 0) -> dict[str, Tensor]:
     """Scenes, each with one reference of every kind.
@@ -165,8 +172,7 @@ def scene_pairs(size: int, n: int, kinds: Iterable[str] = KINDS,
             raise ValueError(f"kind {kind!r}; {accepted(ALL_KINDS, kind)}")
     images, references = [], []
     for k in range(n):
-        rng = torch.Generator().manual_seed(seed_of("scene", seed, k))
-        textures, layout = draw_textures(rng), draw_layout(rng, size)
+        textures, layout = draw_scene(size, (seed, k))
         images += [paint(textures, layout, pixel_centres(size))] * len(kinds)
         references += [draw_reference(textures, layout, size, kind, (seed, k))
                        for kind in kinds]

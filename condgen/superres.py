@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'TILE', 'Part', 'MODEL', 'MAX_REFERENCE_PIXELS', 'QUALITY', 'MAX_SIDES', 'cell_means', 'patch_rows',
            'best_rows', 'receptive_radius', 'tiles', 'widen', 'cut', 'enlarge_tile', 'match_tile', 'match_references',
-           'enlarged_tiles', 'check_photo', 'check_sizes_of', 'assemble', 'upscale', 'check_kind', 'read_photo',
-           'decode_photo', 'write_photo', 'upscale_file', 'add_command']
+           'tile_pairs', 'weigh', 'check_photo', 'check_upscaler', 'check_sizes_of', 'assemble', 'upscale',
+           'check_kind', 'read_photo', 'decode_photo', 'write_photo', 'upscale_file', 'add_command']
 
 # %% ../nbs/superres/706_upscale.ipynb #14a2a818
 import io
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_images, check_positive_integer
+from .checks import check_images, check_nonnegative, check_positive_integer
 from .contracts import Model
 from .figures import check_picture
 from .files import make_folder, place_error, write_atomically
@@ -165,17 +165,22 @@ def match_references(small: Tensor, references: Sequence[Tensor], reach: int,
     return detail, corners, torch.stack([spread_scores(cosine), spread_scores(pixel)])
 
 
-def enlarged_tiles(model: Model, small: Tensor, references: Sequence[Tensor],
-                   side: int, tick: Callable[[], object]
-                   ) -> Iterator[tuple[Part, Tensor]]:
-    """Tiles of the result, and where each belongs in the photo.
+def tile_pairs(model: Model, small: Tensor, references: Sequence[Tensor],
+               side: int, tick: Callable[[], object]
+               ) -> Iterator[tuple[Part, Tensor, Tensor, Tensor]]:
+    """Tiles of the results without references and with them, not clipped, and the gate.
 
     Args:
         model: a `GatedTransfer`.
         small: the photo, `(3, h, w)`.
-        references: `(3, h′, w′)`, sides that 4 divides; none: without a reference.
+        references: `(3, h′, w′)`, sides that 4 divides; none: both results are the same
+            and the gate is 0.
         side: of a tile without its margin.
         tick: called after each step of work.
+
+    Yields:
+        Where the tile belongs in the photo, both results `(3, 4h, 4w)` and the gate
+        `(1, 4h, 4w)`.
     """
     margin, sides = receptive_radius(model), small.shape[1:]
     if references:
@@ -183,13 +188,27 @@ def enlarged_tiles(model: Model, small: Tensor, references: Sequence[Tensor],
             small, references, 3 if model.refine else 0, side, tick)
     for part in tiles(*sides, side):
         outer = widen(part, margin, sides)
-        made = model.sisr(small[:, *outer][None])
+        base = model.sisr(small[:, *outer][None])
+        made, gate = base, torch.zeros_like(small[:1, *outer])[None]
         if references:
             patches = tuple(slice(s.start, s.stop - PATCH + 1) for s in outer)
             swapped = swap_patches(detail, corners[patches], SCALE)
-            made = model(made, swapped[None], cues[:, *outer][None])
+            cue = cues[:, *outer][None]
+            made, gate = model(base, swapped[None], cue), model.gate_of(cue)
         tick()
-        yield part, cut(made[0], part, outer).clamp(0, 1)
+        gate = F.interpolate(gate, scale_factor=SCALE)
+        yield part, *(cut(t[0], part, outer) for t in (base, made, gate))
+
+
+def weigh(base: Tensor, made: Tensor, weight: float) -> Tensor:
+    """Results in [0, 1]: what references add, times a weight.
+
+    Args:
+        base: result without references, not clipped.
+        made: result with them.
+        weight: 0 gives `base` and 1 gives `made`, bit for bit; above 1 exaggerates.
+    """
+    return torch.lerp(base, made, weight).clamp(0, 1)
 
 # %% ../nbs/superres/706_upscale.ipynb #9833e12a
 MODEL = "gated-upscaler"  # what ships
@@ -209,6 +228,19 @@ def check_photo(x: Tensor, what: str, least: int) -> Tensor:
                          f"{least} or more")
     check_images(x[None], shape)
     return x.float()
+
+
+def check_upscaler(model: Model | None) -> Model:
+    """A `GatedTransfer` for images with three channels; None: the one that ships.
+
+    Raises:
+        ValueError: another model.
+    """
+    model = load(MODEL) if model is None else model
+    if not hasattr(model, "gate_of") or model.shape[0] != 3:
+        raise ValueError(f"model given as {type(model).__name__}; accepted: "
+                         "GatedTransfer, for images with three channels")
+    return model
 
 
 def check_sizes_of(photo: Sequence[int], references: Sequence[Sequence[int]]) -> None:
@@ -231,7 +263,8 @@ def check_sizes_of(photo: Sequence[int], references: Sequence[Sequence[int]]) ->
 
 @torch.no_grad()
 def assemble(photo: Tensor, references: Sequence[Tensor], model: Model,
-             side: int | None, progress: bool, out: Tensor) -> Tensor:
+             side: int | None, progress: bool, out: Tensor,
+             weight: float = 1.0) -> Tensor:
     """Write the result into `out`, `(3, 4h, 4w)`: floats, or bytes."""
     from tqdm.auto import tqdm
 
@@ -243,16 +276,18 @@ def assemble(photo: Tensor, references: Sequence[Tensor], model: Model,
     steps = (len(tiles(h, w, side))
              + len(tiles(h - 2, w - 2, side)) * len(references))
     with tqdm(total=steps, desc="upscale", unit="tile", disable=not progress) as bar:
-        for part, made in enlarged_tiles(model, photo, references, side, bar.update):
+        for part, base, made, _ in tile_pairs(model, photo, references, side,
+                                              bar.update):
             rows, columns = (slice(SCALE * s.start, SCALE * s.stop) for s in part)
-            out[:, rows, columns] = (made if out.is_floating_point()
-                                     else (255 * made).round().byte())
+            tile = weigh(base, made, weight)
+            out[:, rows, columns] = (tile if out.is_floating_point()
+                                     else (255 * tile).round().byte())
     return out
 
 
 def upscale(photo: Tensor, references: Tensor | Sequence[Tensor] = (),
             model: Model | None = None, tile: int | None = TILE,
-            progress: bool = True) -> Tensor:
+            progress: bool = True, weight: float = 1.0) -> Tensor:
     """A photo with four times its sides, with detail of references.
 
     Args:
@@ -263,6 +298,7 @@ def upscale(photo: Tensor, references: Tensor | Sequence[Tensor] = (),
             one that ships.
         tile: pixels of the photo along a side of a tile; None: one piece.
         progress: show a bar.
+        weight: of what the references add; 0: as without references, 1: as trained.
 
     Returns:
         `(3, 4h, 4w)` in [0, 1].
@@ -278,12 +314,10 @@ def upscale(photo: Tensor, references: Tensor | Sequence[Tensor] = (),
     photo = check_photo(photo, "a photo", PATCH)
     references = [check_photo(r, "a reference", PATCH * SCALE) for r in references]
     check_sizes_of(photo.shape[1:], [r.shape[1:] for r in references])
-    model = load(MODEL) if model is None else model
-    if not hasattr(model, "gate_of") or model.shape[0] != 3:
-        raise ValueError(f"model given as {type(model).__name__}; accepted: "
-                         "GatedTransfer, for images with three channels")
+    check_nonnegative(weight=weight)
+    model = check_upscaler(model)
     out = photo.new_empty(3, *(SCALE * k for k in photo.shape[1:]))
-    return assemble(photo, references, model, tile, progress, out)
+    return assemble(photo, references, model, tile, progress, out, weight)
 
 # %% ../nbs/superres/706_upscale.ipynb #0332f160
 QUALITY = 95  # of JPEG and WebP files
@@ -398,7 +432,8 @@ def write_photo(x: Tensor, path: Path, mode: str, icc_profile: bytes | None) -> 
 
 
 def upscale_file(photo: str | Path, references: Sequence[str | Path] = (),
-                 out: str | Path = "upscaled.png", progress: bool = True) -> Path:
+                 out: str | Path = "upscaled.png", progress: bool = True,
+                 weight: float = 1.0) -> Path:
     """Read a photo and references, and write the photo with four times its sides.
 
     Everything that can be refused is refused before the work begins.
@@ -408,12 +443,14 @@ def upscale_file(photo: str | Path, references: Sequence[str | Path] = (),
         references: image files, with sides of 12 or more.
         out: picture: .png, .jpg or .webp.
         progress: show a bar.
+        weight: as in `upscale`.
 
     Raises:
         ValueError: a file that is not accepted, or `out` is one of the images.
         OSError: a file that is not there, or `out` cannot be written.
     """
     out, paths = Path(out), [Path(photo), *map(Path, references)]
+    check_nonnegative(weight=weight)
     check_picture(out)
     if any(out.exists() and p.exists() and out.samefile(p) for p in paths):
         raise ValueError(f"{out} is one of the images that are read; accepted: "
@@ -426,7 +463,8 @@ def upscale_file(photo: str | Path, references: Sequence[str | Path] = (),
         raise ValueError(f"a result of {sides[1]} × {sides[0]} pixels in {out}; "
                          f"accepted: {most:,} along a side, or .png")
     large = torch.empty(3, *sides, dtype=torch.uint8)
-    write_photo(assemble(x, others, load(MODEL), TILE, progress, large), out, **facts)
+    assemble(x, others, load(MODEL), TILE, progress, large, weight)
+    write_photo(large, out, **facts)
     return out
 
 # %% ../nbs/superres/706_upscale.ipynb #bdfd3f26
@@ -443,6 +481,9 @@ def add_command(app: Any) -> None:
             reference: Annotated[list[Path] | None, path_option(
                 "-r", "--reference", help="An image with similar detail, at four times "
                 "the photo's scale; can be given several times.")] = None,
+            weight: Annotated[float, typer.Option(
+                help="Of what references add: 0 nothing, 1 as trained, more "
+                "exaggerates.")] = 1.0,
             out: Annotated[Path, path_option(
                 "-o", "--out", help="Picture: .png, .jpg or .webp.")] = Path(
                 "upscaled.png")) -> None:
@@ -451,7 +492,7 @@ def add_command(app: Any) -> None:
 
         require_single_process("upscale")
         try:
-            upscale_file(photo, reference or (), out)
+            upscale_file(photo, reference or (), out, weight=weight)
         except KeyboardInterrupt:
             typer.echo("condgen: interrupted; nothing was written", err=True)
             raise typer.Exit(130) from None

@@ -29,7 +29,7 @@ LAZY = {"torchvision", "torchmetrics", "sklearn", "openTSNE", "imagehash", "matp
         "ipywidgets", "anywidget",
         "accelerate", "typer", "safetensors", "scipy", "rich", "nbdev", "fastcore"}
 AT_HOME = {"explore": {"ipywidgets", "anywidget"}, "game_explorer": {"ipywidgets"},
-           "latent_explorer": {"ipywidgets"},
+           "latent_explorer": {"ipywidgets"}, "reference_explorer": {"ipywidgets"},
            "__main__": {"typer"}, "arguments": {"typer"}}
 MATHEMATICS = ("bijections", "blocks", "bounds", "divergences", "games", "instability",
                "matching", "reversible", "solvable", "texture_loss")

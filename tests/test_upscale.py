@@ -135,6 +135,33 @@ def test_one_piece_is_the_models_own_result(refine):
     assert (alone - model.upscale(photo[None])[0]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_weight_zero_is_exactly_the_result_without_references(count):
+    photo, *references = photos(9, (33, 21), (48, 61), (30, 52))
+    alone = upscale(photo, (), little(), 11, False)
+    zero, one, plain = (upscale(photo, references[:count], little(), 11, False, **given)
+                        for given in ({"weight": 0}, {"weight": 1.0}, {}))
+    assert torch.equal(zero, alone) and torch.equal(one, plain)
+    assert torch.equal(plain, alone) == (count == 0)
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.5])
+def test_the_weight_multiplies_what_references_add(weight):
+    photo, reference = photos(9, (20, 21), (48, 61))
+    alone, one, made = (upscale(photo, reference, little(scale=0.1), 9, False, weight=w)
+                        for w in (0, 1, weight))
+    free = ((one > 0) & (one < 1) & (made > 0) & (made < 1) & (alone > 0) & (alone < 1))
+    assert free.float().mean() > 0.2
+    assert torch.allclose((made - alone)[free], weight * (one - alone)[free], atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [-0.1, torch.inf, torch.nan, "1", True, None])
+def test_other_weights_are_refused(weight):
+    photo, reference = photos(9, (5, 5), (12, 12))
+    with pytest.raises(ValueError, match="weight=.*accepted: a finite number, 0 or mo"):
+        upscale(photo, reference, little(), progress=False, weight=weight)
+
+
 def test_the_order_of_references_does_not_matter():
     photo, a, b = photos(4, (20, 22), (36, 50), (44, 20))
     made = [upscale(photo, pair, little(), progress=False) for pair in ([a, b], [b, a])]
@@ -300,6 +327,10 @@ def test_bad_files_are_explained_and_nothing_is_written(name, role, folder, monk
 
 
 MISTAKES = {
+    "negative weight": (["photo.png", "--weight", "-0.5", "-o", "big.png"],
+                        "weight=-0.5; accepted: a finite number, 0 or more"),
+    "no number": (["photo.png", "--weight", "nan", "-o", "big.png"],
+                  "weight=nan; accepted: a finite number"),
     "small reference": (["photo.png", "-r", "photo.png", "-o", "big.png"],
                         "it has 12 × 9 pixels; accepted: 12 or more along each side"),
     "no photo": ([], "Missing argument 'PHOTO'"),
@@ -351,7 +382,7 @@ def test_an_interrupted_command_writes_nothing(folder, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(superres, "enlarged_tiles", stop)
+    monkeypatch.setattr(superres, "tile_pairs", stop)
     code, said = called(["photo.png", "-o", "big.png"], folder, monkeypatch, capsys)
     assert code == 130 and said.endswith("condgen: interrupted; nothing was written\n")
     assert not (folder / "big.png").exists()
@@ -370,6 +401,19 @@ def test_the_command_writes_what_the_function_returns(end, folder, monkeypatch, 
     if end == "png":
         found = torch.frombuffer(bytearray(made.tobytes()), dtype=torch.uint8)
         assert torch.equal(found.view(36, 48, 3).movedim(2, 0), wanted.byte())
+
+
+def test_the_command_takes_a_weight(folder, monkeypatch, capsys):
+    made = {}
+    for name, given in (("alone", []), ("zero", ["-r", "other.png", "--weight", "0"]),
+                        ("one", ["-r", "other.png"]),
+                        ("three", ["-r", "other.png", "--weight", "3"])):
+        code, _ = called(["photo.png", *given, "-o", f"{name}.png"], folder, monkeypatch,
+                         capsys)
+        assert code == 0
+        made[name] = (folder / f"{name}.png").read_bytes()
+    assert made["zero"] == made["alone"]
+    assert len({made[name] for name in ("alone", "one", "three")}) == 3
 
 
 def test_grey_profile_and_orientation_are_kept(folder):

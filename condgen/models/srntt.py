@@ -419,7 +419,7 @@ class SRNTT(Upscaler):
                        lambda batch: self.generator_loss(batch, True), optimizer)]
 
     def stages(self) -> list[Stage]:
-        """Features, reconstruction and, if there is a critic, all losses."""
+        """Features if they train, reconstruction, all losses if there is a critic."""
         player = lambda name, params, loss, lr: lambda stage: [
             adam_player(name, params(), loss, lr, (0.9, 0.999))]
         stages = [
@@ -433,7 +433,7 @@ class SRNTT(Upscaler):
             stages.append(Stage("adversarial", images=20_000, batch=8,
                                 data=self.swapped_table,
                                 players=self.adversarial_players))
-        return stages
+        return stages if hasattr(self.features, "loss") else stages[1:]
 
 # %% ../../nbs/superres/703_srntt.ipynb #9d174044
 class AdversarialSISR(Upscaler):
