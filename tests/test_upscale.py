@@ -145,6 +145,12 @@ def test_weight_zero_is_exactly_the_result_without_references(count):
     assert torch.equal(plain, alone) == (count == 0)
 
 
+def test_both_ends_of_the_weight_are_exact():
+    base, made = torch.rand(2, 3, 40, 41, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(superres.weigh(base, made, 0), base)
+    assert torch.equal(superres.weigh(base, made, 1), made)
+
+
 @pytest.mark.parametrize("weight", [0.25, 0.5, 1.5])
 def test_the_weight_multiplies_what_references_add(weight):
     photo, reference = photos(9, (20, 21), (48, 61))
