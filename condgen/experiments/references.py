@@ -148,8 +148,8 @@ class VGG19Features(nn.Module):
         super().__init__()
         path = Path(os.environ.get("CONDGEN_DATA") or "nowhere") / VGG_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"weights of VGG-19: {path} is not there; accepted: "
-                                    f"$CONDGEN_DATA with {VGG_FILE}")
+            raise FileNotFoundError(f"weights of VGG-19: {path} is not there; accepted:"
+                                    f" $CONDGEN_DATA with {VGG_FILE}")
         weights, levels = load_file(path), []
         for numbers in CONVOLUTIONS:
             layers: list[nn.Module] = []
