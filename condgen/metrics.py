@@ -68,6 +68,7 @@ NO_BETTER_DIRECTION = (
     "position_spread skewness excess_kurtosis effective_pixels loss_distance "
     "mean_difference loss_ratio bound_share interaction yaw_spread side_ratio "
     "direction_weight critic_slope direction_cosine length_ratio gradient_ratio "
+    "turn_ratio "
     "*tail_share *tail_place *planted_share !speed_ratio *agreement "
     "*mutual_information:nats !planned_seconds:s !duration_ratio "
     "*evaluator_accuracy"

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from condgen.experiments.crg_edits import (
-    PAINTED, Moves, beardless_adults, mean_rows, shared, switch_rows, two_rows)
+    PAINTED, TURN_STEPS, TURNS, Moves, beardless_adults, mean_rows, pose_reader,
+    pose_rows, shared, switch_rows, turn_numbers, turned, two_rows)
 from condgen.experiments.vigan_faces import DESCRIBED
-from condgen.faces import FACTORS, edit_factors, sample_factors
+from condgen.faces import (
+    FACTORS, edit_factors, person_factors, render, sample_factors)
 from condgen.results import row
 
 N = len(DESCRIBED)
@@ -143,3 +145,66 @@ def test_a_painted_beard_leaves_a_woman_a_woman():
         after = FACTORS.unpack(edit_factors(own, **change))
         assert (after["beard"] == ("beard" in name)).all()
         assert (after["masculine"] == (name != "painted beard")).all()
+
+
+def asked(name="yaw"):
+    return TURNS[name] * TURN_STEPS
+
+
+@pytest.mark.parametrize("slope, other, rank", [(0.8, 0.1, 1), (-0.5, 0.0, -1),
+                                                (0.0, 0.3, 0)])
+def test_turns_are_read_by_angle(slope, other, rank):
+    start = torch.linspace(-10, 10, 7)[:, None]
+    for column in (0, 1):
+        lines = [start + slope * asked(), start + other * asked()]
+        read = torch.stack(lines if column == 0 else lines[::-1], 2)
+        found = turn_numbers(read, column, asked())
+        assert found == pytest.approx({"rank_correlation": rank, "turn_ratio": slope,
+                                       "other": other}, abs=1e-6)
+
+
+def test_the_regression_reads_drawn_heads():
+    read, explained = pose_reader("tiny").read, pose_reader("tiny").explained()
+    assert explained["yaw"] > 0.9 and explained["pitch"] > 0.5
+    factors = sample_factors(40, torch.Generator().manual_seed(1))
+    for column, name in enumerate(TURNS):
+        angles = torch.stack([read(turned(factors, name, angle, 32))
+                              for angle in asked(name).tolist()], 1)
+        found = turn_numbers(angles, column, asked(name))
+        assert found["rank_correlation"] > 0.7 and found["turn_ratio"] > 0.5
+        assert abs(found["other"]) < 0.3
+
+
+class Posed:
+    """Codes of a linear world: the two angles, on axes, or those of another image."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def encode(self, x):
+        return pose_reader("tiny").read(x).float()[:, self.order]
+
+    def decode(self, z):
+        yaw, pitch = z.clamp(-19.9, 19.9)[:, self.order].unbind(1)
+        factors = edit_factors(person_factors(n=len(z)), yaw=yaw, pitch=pitch)
+        return render(factors, 32)
+
+
+def test_a_model_whose_codes_are_angles_turns_heads():
+    model = Posed([0, 1])
+    lab = SimpleNamespace(
+        tier="tiny", size={"pairs": 3, "edited": 12},
+        train=lambda name: SimpleNamespace(model=model))
+    found = {(r["variant"], r["metric"], *r["at"].values()): r["value"]
+             for r in pose_rows(lab)}
+    for name in TURNS:
+        for kind in ("one pair", "five pairs", "drawn", "drawn, reconstructed"):
+            assert found[kind, "rank_correlation", name] > 0.6
+            assert 0.4 < found[kind, "turn_ratio", name] < 1.5
+    assert found["drawn", "mae", "yaw"] == 0
+    # two pixels of the background, which no turn changes
+    stuck = SimpleNamespace(encode=lambda x: 10 * x[:, :2, 0, 0], decode=model.decode)
+    lab.train = lambda name: SimpleNamespace(model=stuck)
+    rows = [r for r in pose_rows(lab) if r["metric"] == "turn_ratio"
+            and r["variant"] in ("one pair", "five pairs")]
+    assert all(abs(r["value"]) < 0.2 for r in rows)
