@@ -2436,6 +2436,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                                           'condgen/models/progressive.py'),
                                             'condgen.models.progressive.GrowingDiscriminator.forward': ( 'inversion/progressive.html#growingdiscriminator.forward',
                                                                                                          'condgen/models/progressive.py'),
+                                            'condgen.models.progressive.GrowingDiscriminator.maps_of': ( 'inversion/progressive.html#growingdiscriminator.maps_of',
+                                                                                                         'condgen/models/progressive.py'),
                                             'condgen.models.progressive.GrowingDiscriminator.parts': ( 'inversion/progressive.html#growingdiscriminator.parts',
                                                                                                        'condgen/models/progressive.py'),
                                             'condgen.models.progressive.GrowingGenerator': ( 'inversion/progressive.html#growinggenerator',

@@ -408,7 +408,6 @@ def test_weights_are_tried_on_validation_drawings(monkeypatch, tmp_path):
 
 def test_all_models_see_equally_many_images():
     for tier in ("tiny", "cpu", "full"):
-        plans = [r.config(tier) for r in measured.RECIPES]
-        assert {n for p in plans for n in p["images"].values()} == {
-            measured.IMAGES[tier]}
+        plans = [r.config(tier) for r in measured.RECIPES if "short" not in r.name]
+        assert {sum(p["images"].values()) for p in plans} == {measured.IMAGES[tier]}
         assert {p["arguments"]["latent"] for p in plans} == {64}

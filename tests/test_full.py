@@ -19,6 +19,7 @@ STAND_IN = {  # data sets that are neither embedded nor small: shape at tier ful
     "celeba": ((3, 64, 64), [Classes("identity", 201),
                              *(Binary(f"attribute{k}") for k in range(9))]),
     "progressive-faces": ((3, 64, 64), []),
+    "pioneer": ((3, 64, 64), []),
     "lfw": ((3, 64, 64), [Classes("identity", 35)]),
     "printed": ((3, 64, 64), [Classes("identity", 200),
                               *(Binary(f"attribute{k}") for k in range(6))]),

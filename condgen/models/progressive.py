@@ -280,14 +280,19 @@ class GrowingDiscriminator(nn.Module):
         return [self.last, *self.blocks[:level],
                 *self.from_rgb[level - fading : level + 1]]
 
-    def forward(self, x: Tensor, level: int, alpha: float = 1.0) -> Tensor:
-        """Values `(n,)` of images `(n, c, s, s)` in [−1, 1], s = 4 · 2**level."""
+    def maps_of(self, x: Tensor, level: int, alpha: float = 1.0) -> Tensor:
+        """Maps `(n, m, 4, 4)` of images `(n, c, s, s)` in [−1, 1], s = 4 · 2**level."""
         h = self.from_rgb[level](x)
         for k in range(level, 0, -1):
             h = self.blocks[k - 1](h)
             if k == level and alpha < 1:
                 h = torch.lerp(self.from_rgb[k - 1](F.avg_pool2d(x, 2)), h, alpha)
-        return self.last(minibatch_std(h, self.group))[:, 0]
+        return h
+
+    def forward(self, x: Tensor, level: int, alpha: float = 1.0) -> Tensor:
+        """Values `(n,)` of images as for `maps_of`."""
+        maps = self.maps_of(x, level, alpha)
+        return self.last(minibatch_std(maps, self.group))[:, 0]
 
 # %% ../../nbs/inversion/600_progressive.ipynb #60000021
 SPECTRAL = ("both", "generator", "discriminator", "none")
