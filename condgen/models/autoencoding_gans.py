@@ -243,7 +243,7 @@ class Pioneer(GeneratorEncoderGame, AutoencoderModel):
                  grow: bool = True, fade: float = 0.5, lr: float = 1e-3):
         super().__init__(shape)
         self.latent_size = check_positive_integer(latent, "latent")
-        check_sizes(width=width, maps=maps)
+        check_sizes(width=width, maps=maps, convolutions=convolutions)
         check_nonnegative(margin=margin, fade=fade)
         check_switches(spectral=spectral, grow=grow)
         if convolutions not in (1, 2):
