@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REDRAW_DELAY', 'MAX_REDRAW_DELAY', 'SHEET_WIDTH', 'CAPTION_HTML', 'value_range', 'interpolate_value',
-           'interpolate_conditions', 'slider_step', 'float_slider', 'make_control', 'control_labels', 'control_values',
-           'ConditionControls', 'describe_value', 'ControlPanel', 'sheet_png', 'Explorer', 'error_html',
-           'layout_widgets', 'explore']
+           'interpolate_conditions', 'slider_step', 'float_slider', 'slider_number', 'make_control', 'control_labels',
+           'control_values', 'ConditionControls', 'describe_value', 'ControlPanel', 'sheet_png', 'Explorer',
+           'error_html', 'layout_widgets', 'explore']
 
 # %% ../nbs/library/813_explorers.ipynb #7dc0b8b3
 import asyncio
@@ -89,6 +89,19 @@ def float_slider(label: str, low: float, high: float, step: float,
                                readout_format=form)
 
 
+def slider_number(slider: widgets.Widget) -> Any:
+    """What a control shows, without the rounding errors of a page's steps.
+
+    A page adds steps up, so that a slider at 0.9 may send 0.8999999999999999.
+    """
+    if not isinstance(slider, widgets.FloatSlider):
+        return slider.value
+    steps = round((slider.value - slider.min) / slider.step)
+    near = round(slider.min + steps * slider.step, 12)
+    error = 1e-14 * max(abs(slider.min), abs(slider.max))
+    return near if abs(near - slider.value) < error else slider.value
+
+
 def make_control(item: Condition, label: str) -> widgets.Widget:
     """The control of one number of a condition, at its lowest value."""
     low, high = value_range(item)
@@ -169,7 +182,7 @@ class ConditionControls:
             ValueError: an unknown name, or a value that a control cannot show; nothing
                 has changed then.
         """
-        out = {name: [slider.value for slider in sliders]
+        out = {name: [slider_number(slider) for slider in sliders]
                for name, sliders in self.controls.items()}
         return {item.name: out[item.name] if isinstance(item, Code)
                     else out[item.name][0] for item in self.schema}

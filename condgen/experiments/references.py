@@ -21,7 +21,7 @@ from ..contracts import seed_of
 from .superres import DATA, quality
 from ..lab import Experiment, Lab, Rows
 from ..matching import (
-    PATCH, SCALE, degrade, enlarge_images, match_patches, patch_corners, reduce_images,
+    PATCH, SCALE, degrade, match_patches, patch_corners, reduce_images,
     refine_corners, swap_patches)
 from ..models.gated_transfer import cell_maps
 from ..results import row
