@@ -27,9 +27,11 @@ from .files import check_place, make_folder, read_json, write_json
 from .own_images import (
     FACTS, build_evaluator, class_figure, default_temperature, duration_text,
     evaluate_run, finished_run, source_facts, train_data)
-from .pace import lengths_by_time, least_seconds, measure_stages
+from .pace import (
+    FewValidated, lengths_by_time, least_seconds, measure_stages, measure_threads)
 from .results import headline_rows, row, table_cells, text_table
 from .runs import Run
+from .threads import use_threads
 from .training import fit
 
 
@@ -60,14 +62,16 @@ def compared_families(data: Dataset, models: Iterable[str] | None) -> list[Famil
 def train_shared_evaluator(data: Dataset, out: Path, seconds: float, seed: int,
                            progress: bool) -> None:
     """Train the evaluator of all families, for so many seconds at most."""
-    stages = measure_stages(build_evaluator(data), data)
-    for stage in stages:
-        stage.images = min(stage.images, 30_000)
-    whole = sum(stage.seconds for stage in stages)
-    lengths = lengths_by_time(
-        stages, max(min(whole, seconds), 1.001 * least_seconds(stages)))
-    torch.manual_seed(seed)
-    fit(build_evaluator(data), data, out, images=lengths, seed=seed, progress=progress)
+    with use_threads(measure_threads(build_evaluator(data), data)):
+        stages = measure_stages(build_evaluator(data), data)
+        for stage in stages:
+            stage.images = min(stage.images, 30_000)
+        whole = sum(stage.seconds for stage in stages)
+        lengths = lengths_by_time(
+            stages, max(min(whole, seconds), 1.001 * least_seconds(stages)))
+        torch.manual_seed(seed)
+        fit(build_evaluator(data), FewValidated(data), out, images=lengths, seed=seed,
+            progress=progress)
 
 
 def sheet(model: Model, rows: int = 8, each: int = 8) -> bytes:

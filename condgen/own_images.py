@@ -35,11 +35,12 @@ from .figures import save_figure, traversal
 from .files import DamagedFile, read_json, write_json
 from .metrics import accuracy
 from .pace import (
-    EPOCHS, Pacer, StagePlan, least_seconds, lengths_by_epochs, lengths_by_time,
-    measure_stages, paced)
+    EPOCHS, FewValidated, Pacer, StagePlan, least_seconds, lengths_by_epochs,
+    lengths_by_time, measure_stages, measure_threads, paced)
 from .results import evaluation_rows, row, text_table
 from .runs import Run, find_run, load
 from .splits import measured_classes
+from .threads import use_threads
 from .training import fit
 
 # %% ../nbs/library/833_own_images.ipynb #eeb18db7
@@ -67,6 +68,7 @@ class Plan:
         stages: with the lengths that will be trained.
         evaluator: the same of the evaluator; nothing without labels.
         spent: seconds before the first stage.
+        threads: of the processor, for all stages; None: PyTorch's own number.
     """
 
     family: str
@@ -78,6 +80,7 @@ class Plan:
     stages: list[StagePlan]
     evaluator: list[StagePlan] = field(default_factory=list)
     spent: float = 0.0
+    threads: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -119,9 +122,11 @@ def make_plan(family: Family, data: Dataset, budget: float | None = None,
     start, n = time.monotonic(), len(data.indices("train")) + len(data.unlabelled)
     check_family(family, data)
     memory = check_memory(family, data.shape, data.conditions, n)
-    stages = measure_stages(family.build(data.shape, data.conditions), data)
-    reader = (measure_stages(build_evaluator(data), data)
-              if data.conditions and reads else [])
+    threads = measure_threads(family.build(data.shape, data.conditions), data)
+    with use_threads(threads):
+        stages = measure_stages(family.build(data.shape, data.conditions), data)
+        reader = (measure_stages(build_evaluator(data), data)
+                  if data.conditions and reads else [])
     for stage in reader:
         stage.name, stage.images = "evaluator", EVALUATOR_IMAGES
     spent += time.monotonic() - start
@@ -143,7 +148,7 @@ def make_plan(family: Family, data: Dataset, budget: float | None = None,
         stage.images = {**lengths, **own}[stage.name]
     return Plan(family.name, data.shape, n, conditions_in_words(data),
                 family.parameters(data.shape, data.conditions), memory, stages, reader,
-                spent)
+                spent, threads)
 
 
 def build_evaluator(data: Dataset) -> Model:
@@ -323,12 +328,14 @@ def train_data(data: Dataset, family: Family, out: Path, *, start: float,
         keep(name, lengths)
         seen: Any = data
         with ExitStack() as stack:
+            stack.enter_context(use_threads(plan.threads))
             if name == "model" and len(data.unlabelled):
                 if built.conditions.supervised:
                     built.store_condition_rows(data.table("train")["c"])
                 stack.enter_context(changed_stages(built, sees_known(family)))
                 seen = PartlyLabelled(data)
-            found = fit_paced(built, seen, place, lengths, pacer, seed, progress)
+            found = fit_paced(built, FewValidated(seen), place, lengths, pacer, seed,
+                              progress)
         keep(name, pacer.lengths if pacer else lengths)
         return found
 

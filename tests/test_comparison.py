@@ -251,3 +251,44 @@ def test_parts_of_olivetti_hold_every_person(tmp_path, monkeypatch):
     truth = data.conditions.unpack(data.labels)["person"].long()
     assert torch.bincount(truth[data.splits["test"]]).tolist() == [2] * 40
     assert data.images[0, 0, 0, 0] == round(float(x[0, :2, :2].mean()))
+
+
+def test_an_evaluator_of_unseen_images_trains_on_the_other_parts(tmp_path):
+    from condgen.experiments.plans import unseen_data, unseen_rows
+
+    data = cg.data.digits(16)
+    other = unseen_data(data)
+    assert not set(other.indices("train").tolist()) & set(data.indices("train").tolist())
+    assert torch.equal(other.indices("test"), data.indices("train"))
+    model = cg.VAE(data.shape, data.conditions)
+    cg.fit(model, data, tmp_path / "run", images=640, progress=False)
+    found = unseen_rows(tmp_path / "run", data, 6400, "1 pass", False)
+    values = {r["metric"]: r["value"] for r in found}
+    assert values["evaluator_accuracy"] > 0.8 > values["accuracy"]  # an untrained model
+
+
+def test_validation_looks_at_few_images(zipped):
+    """Evenly chosen; the other parts are whole."""
+    from condgen.pace import FewValidated
+
+    data = folder(zipped, size=16)
+    few = FewValidated(data, 3)
+    rows, whole = few.table("val")["x"], data.table("val")["x"]
+    assert len(rows) == min(3, len(whole)) and (few.name, few.sha256) == (
+        data.name, data.sha256)
+    assert all(any(torch.equal(x, y) for y in whole) for x in rows)
+    assert torch.equal(few.table("train")["x"], data.table("train")["x"])
+
+
+def test_encoders_of_compared_cases_differ():
+    from condgen.experiments.own_compared import COMPARED, compared_family
+    from condgen.experiments.plans import DATA
+
+    shape, conditions = (1, 16, 16), cg.data.digits(16).conditions
+    sizes = {}
+    for data, model, _ in COMPARED["cpu"]:
+        assert data in DATA
+        built = compared_family(model).build(shape, conditions)
+        sizes[model] = sum(p.numel() for p in built.parameters())
+    assert sizes["caglow, dense encoder"] != sizes["caglow, encoder with factors"]
+    assert type(compared_family("cglow").build(shape, conditions)).__name__ == "CGlow"
