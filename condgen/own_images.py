@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'EVALUATOR_SHARE', 'EVALUATOR_IMAGES', 'MIN_EVALUATOR', 'duration_text', 'Plan', 'make_plan',
-           'build_evaluator', 'set_card_lengths', 'fit_paced', 'class_figure', 'default_temperature', 'finished_run',
-           'source_facts', 'train_images', 'begun_facts', 'train_data', 'Evaluation', 'run_data', 'class_notes',
-           'evaluate_run', 'evaluate_own']
+           'build_evaluator', 'train_shared_evaluator', 'set_card_lengths', 'fit_paced', 'class_figure',
+           'default_temperature', 'finished_run', 'source_facts', 'train_images', 'begun_facts', 'train_data',
+           'Evaluation', 'run_data', 'class_notes', 'evaluate_run', 'evaluate_own']
 
 # %% ../nbs/library/833_own_images.ipynb #0864309c
 import inspect
@@ -156,6 +156,20 @@ def build_evaluator(data: Dataset) -> Model:
     import condgen
 
     return condgen.OwnEvaluator(data.shape, data.conditions)
+
+
+def train_shared_evaluator(data: Dataset, out: Path, seconds: float, seed: int,
+                           progress: bool) -> None:
+    """Train an evaluator for several models, for so many seconds at most."""
+    with use_threads(measure_threads(build_evaluator(data), data)):
+        stages = measure_stages(build_evaluator(data), data)
+        for stage in stages:
+            stage.images = min(stage.images, EVALUATOR_IMAGES)
+        whole, least = sum(s.seconds for s in stages), 1.001 * least_seconds(stages)
+        lengths = lengths_by_time(stages, max(min(whole, seconds), least))
+        torch.manual_seed(seed)
+        fit(build_evaluator(data), FewValidated(data), out, images=lengths, seed=seed,
+            progress=progress)
 
 # %% ../nbs/library/833_own_images.ipynb #a078d878
 def set_card_lengths(folder: Path, lengths: dict[str, int]) -> None:

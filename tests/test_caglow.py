@@ -587,3 +587,11 @@ def test_invalid_temperatures_are_refused():
     with pytest.raises(ValueError, match="unknown condition 'bars'; accepted: bar, u; "
                            "did you mean 'bar'"):
         build().sample(2, bars=1)
+
+
+@pytest.mark.parametrize("conditions", [[Binary("glasses")], [Classes("kind", 2)]])
+def test_models_of_large_roots_are_loaded(conditions, tmp_path):
+    """One matrix of 2352 × 2352 is most of the file, and is made once only."""
+    model = CAGlow((3, 28, 28), conditions, levels=1, depth=1, width=4, hidden=4)
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path).encoder.root, model.encoder.root)

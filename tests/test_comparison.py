@@ -11,6 +11,7 @@ import condgen as cg
 from condgen import comparison
 from condgen.comparison import best_notes, compare_families, compared_families
 from condgen.data import folder
+from condgen.own_images import build_evaluator
 from condgen.results import row
 
 BUDGET = 12.0
@@ -89,7 +90,7 @@ def test_a_family_that_fails_is_said_and_others_go_on(zipped, tmp_path, monkeypa
     monkeypatch.setattr(comparison, "train_data", train)
     monkeypatch.setattr(comparison, "train_shared_evaluator",
                         lambda data, out, *rest: cg.fit(
-                            comparison.build_evaluator(data), data, out, images=640,
+                            build_evaluator(data), data, out, images=640,
                             progress=False))
     options = {"out": tmp_path, "size": 16, "n": 16, "say": lambda line: None,
                "progress": False}

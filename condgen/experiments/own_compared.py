@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..comparison import train_shared_evaluator
 from ..conditions import Condition
 from ..contracts import Model
 from ..data import Dataset
@@ -23,7 +22,8 @@ from .plans import DATA, MEASURED, Case
 from ..families import Family, find_family
 from ..files import read_json
 from ..lab import Experiment, Lab, Rows
-from ..own_images import FACTS, evaluate_run, finished_run, train_data
+from ..own_images import (
+    FACTS, evaluate_run, finished_run, train_data, train_shared_evaluator)
 from ..results import row
 
 

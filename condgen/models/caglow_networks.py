@@ -219,7 +219,7 @@ class Encoder(nn.Module):
                              "fewer with networks='factors', latent='top' or more "
                              "levels")
         self.noise = dims
-        self.root = nn.Parameter(torch.eye(dims).repeat(groups, 1, 1))
+        self.root = nn.Parameter(torch.eye(dims).expand(groups, -1, -1).clone())
 
     def design(self, c: Tensor) -> Tensor:
         """Design matrix of μ: supervised columns, and a constant if needed."""
