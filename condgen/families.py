@@ -50,6 +50,7 @@ LISTED = {  # the book's families, and what each can do
     "ali": "Reconstructs loosely: the code of an image is learned in the game.",
     "alphagan": "Reconstructs given images; a discriminator of images, one of codes.",
     "age": "Reconstructs given images without a discriminator.",
+    "pioneer": "As age, with networks that grow from 4×4 pixels.",
     "crg": "A generator, then an encoder that inverts it for edits of given images.",
     "gan": "A generator and a discriminator of few layers.",
     "dcgan": "A generator of strided convolutions.",
@@ -376,5 +377,5 @@ def check_memory(family: Family, shape: tuple[int, int, int],
              if other.labels != "none" and not other.problem(shape, conditions)
              and training_bytes(other, shape, conditions, images) <= free][:3]
     raise ValueError(f"{family.name} on {images:,} images {shape} needs "
-                     f"{needed / 2**30:,.1f} GB, and {max(free, 0) / 2**30:,.1f} GB "
+                     f"{needed / 1e9:,.1f} GB, and {max(free, 0) / 1e9:,.1f} GB "
                      f"are free; {accepted(fits or ['fewer images'])}")

@@ -94,7 +94,7 @@ class Plan:
         lines = [f"{self.family} on {self.images:,} training images {size}; "
                  f"{self.conditions}",
                  f"{self.parameters:,} parameters; memory from "
-                 f"{self.memory / 2**30:.2g} GB"]
+                 f"{self.memory / 1e9:.2g} GB"]
         for s in [*self.evaluator, *self.stages]:
             lines.append(f"  {s.name:12} {s.images:>9,} images, "
                          f"{s.images / self.images:,.0f} passes; {s.speed:,.0f} "
@@ -238,12 +238,12 @@ def train_images(images: str | Path | Dataset, labels: str | Path | None = None,
                  size: int | None = 32, columns: Iterable[str] | None = None,
                  seed: int = 0, progress: bool = True,
                  say: Callable[[Any], None] = print) -> Run:
-    """Train a model of your own images, and an evaluator of their classes.
+    """Train a model of your own images, and an evaluator of their conditions.
 
-    The same call resumes an interrupted training, or loads a finished one.
+    The same call resumes an interrupted training, or loads a finished one, as a `Run`.
 
     Args:
-        images: a folder or a zip; or a data set.
+        images: a folder or a zip; or a data set, which has its own labels and size.
         labels: table of labels, as for `condgen.data.folder`.
         model: name of a family (`condgen.families`).
         out: run folder; the evaluator's is `evaluator` in it.

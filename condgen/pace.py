@@ -43,7 +43,7 @@ class StagePlan:
         images: its length.
         batch: images per batch.
         speed: images per second, measured.
-        fixed: seconds whatever its length.
+        fixed: seconds whatever its length: beginning, latents, twenty validations.
     """
 
     name: str
@@ -163,7 +163,8 @@ def prepare_trial(model: Model, data: Dataset) -> tuple[Trainer, list[Stage]]:
 def measure_threads(model: Model, data: Dataset) -> int:
     """The number of threads with which the first stage of a model is fastest.
 
-    See `condgen.threads.choose_threads`; the model is no good afterwards.
+    See `condgen.threads.choose_threads`; the model must not be used
+    afterwards.
     """
     trainer, stages = prepare_trial(model, data)
     with training_context(model):
@@ -174,7 +175,7 @@ def measure_threads(model: Model, data: Dataset) -> int:
 
 
 def measure_stages(model: Model, data: Dataset) -> list[StagePlan]:
-    """Speed of each stage of an untrained model, which is no good afterwards."""
+    """Speed of each stage of an untrained model, which must not be used afterwards."""
     trainer, stages = prepare_trial(model, data)
     whole = {"train": len(data.indices("train")),
              "val": min(len(data.indices("val")), VALIDATED_IMAGES)}
@@ -186,6 +187,8 @@ def measure_stages(model: Model, data: Dataset) -> list[StagePlan]:
 def lengths_by_epochs(stages: list[StagePlan], images: int,
                       epochs: int = EPOCHS) -> dict[str, int]:
     """Length of each stage: the family's own, or fewer where there are few images.
+
+    It has `MIN_ROUNDS` rounds at least.
 
     Args:
         stages: with the family's own lengths.
