@@ -163,6 +163,17 @@ def test_code_cells_are_narrow(path: Path) -> None:
             == [])
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_code_in_text_is_narrow(path: Path) -> None:
+    """Solutions, for instance: a page would make the reader scroll."""
+    texts = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"]
+             if c["cell_type"] == "markdown"]
+    blocks = [block for text in texts
+              for block in re.findall(r"```+ ?\{?\.?python.*?\n(.*?)```", text, re.S)]
+    assert [line for block in blocks for line in block.splitlines()
+            if len(line) > LIMIT] == []
+
+
 @pytest.mark.parametrize("path", MODULES,
                          ids=[str(p.relative_to(ROOT)) for p in MODULES])
 def test_modules_are_short(path: Path) -> None:
