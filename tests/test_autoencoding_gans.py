@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bars import Bars, batch_of, seeded, whole_and_resumed
+from evaluators import CornerReader
 from torch import nn
 
 from condgen.divergences import kl_gaussian
@@ -337,22 +338,10 @@ def test_tiny_recipes_improve_reconstructions(recipe):
     assert error() < 0.9 * before
 
 
-class Reader:
-    """An evaluator that reads the corner of an image."""
-
-    training = False
-
-    def __init__(self, data):
-        self.conditions, self.head = data.conditions, lambda h: h
-
-    def features(self, x):
-        return x.float().flatten(1)[:, : self.conditions.width].contiguous()
-
-
 def test_rows_of_a_tiny_run_cover_models_and_baselines(monkeypatch, tmp_path):
     experiment = measured.EXPERIMENTS[0]
     lab = Lab(experiment, "tiny", 0, tmp_path, progress=False, rounds=2)
-    monkeypatch.setattr(Lab, "evaluator", lambda self, name: Reader(self.data))
+    monkeypatch.setattr(Lab, "evaluator", lambda self, name: CornerReader(self.data))
     rows = experiment.run(lab)
     keys = [(r["model"], r["variant"], r["metric"], str(r["at"])) for r in rows]
     assert len(set(keys)) == len(keys)
@@ -396,7 +385,7 @@ def test_ranks_compare_errors_with_what_is_read(order, hashes):
 def test_weights_are_tried_on_validation_drawings(monkeypatch, tmp_path):
     experiment = measured.EXPERIMENTS[1]
     seen = []
-    monkeypatch.setattr(Lab, "evaluator", lambda self, name: Reader(self.data))
+    monkeypatch.setattr(Lab, "evaluator", lambda self, name: CornerReader(self.data))
     monkeypatch.setattr(measured, "HeldOut", lambda *args: seen.append(args[3]) or Held(
         *args))
     lab = Lab(experiment, "tiny", 0, tmp_path, progress=False, rounds=2)

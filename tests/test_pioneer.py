@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bars import Bars, batch_of, seeded, whole_and_resumed
+from evaluators import CornerReader
 
 from condgen.experiments import autoencoding_gans as measured
 from condgen.lab import Lab
@@ -266,20 +267,8 @@ def test_refusals_name_what_is_accepted(options):
 
 # The experiments
 
-class Reader:
-    """An evaluator that reads the corner of an image."""
-
-    training = False
-
-    def __init__(self, data):
-        self.conditions, self.head = data.conditions, lambda h: h
-
-    def features(self, x):
-        return x.float().flatten(1)[:, : self.conditions.width].contiguous()
-
-
 def rows_of(number, folder, monkeypatch, **options):
-    monkeypatch.setattr(Lab, "evaluator", lambda self, name: Reader(self.data))
+    monkeypatch.setattr(Lab, "evaluator", lambda self, name: CornerReader(self.data))
     experiment = measured.EXPERIMENTS[number]
     lab = Lab(experiment, "tiny", 0, folder, progress=False, rounds=2, **options)
     return experiment.run(lab)
