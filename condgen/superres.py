@@ -27,8 +27,8 @@ from .files import make_folder, place_error, write_atomically
 from .images import (
     IMAGE_FORMATS, JPEG, MAX_PIXELS, MAX_SCANNED_PIXELS, check_parts)
 from .matching import (
-    PATCH, SCALE, TINY_NORM, degrade, enlarge_images, patch_corners, refine_corners,
-    spread_scores, swap_patches)
+    PATCH, SCALE, TINY_NORM, degrade, enlarge_images, match_cues, patch_corners,
+    refine_corners, swap_patches)
 from .runs import load
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def match_references(small: Tensor, references: Sequence[Tensor], reach: int,
 
     Returns:
         Detail of all references, one below the other, `(c, H, W)`; corners in it,
-        `(h - 2, w - 2, 2)`; the two cues of each position, `(2, h, w)`.
+        `(h - 2, w - 2, 2)`; `match_cues` of each position, `(4, h, w)`.
     """
     heights = [r.shape[1] for r in references]
     detail = small.new_zeros(len(small), sum(heights),
@@ -162,7 +162,7 @@ def match_references(small: Tensor, references: Sequence[Tensor], reach: int,
             cosine[part] = torch.where(better, coarse, cosine[part])
             pixel[part] = torch.where(better, fine, pixel[part])
             tick()
-    return detail, corners, torch.stack([spread_scores(cosine), spread_scores(pixel)])
+    return detail, corners, match_cues(cosine, pixel, corners)
 
 
 def tile_pairs(model: Model, small: Tensor, references: Sequence[Tensor],

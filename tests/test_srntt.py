@@ -133,9 +133,9 @@ def test_a_shut_gate_is_the_network_without_a_reference():
         p.data.fill_(0.3)
     small = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     reference = torch.rand(2, 3, 32, 36, generator=torch.Generator().manual_seed(3))
-    model.slope.data.copy_(torch.tensor([0, 0, -1000.0]))
+    model.slope.data.copy_(torch.tensor([0, 0, 0, 0, -1000.0]))
     assert torch.equal(model.upscale(small, reference), model.upscale(small))
-    model.slope.data.copy_(torch.tensor([0, 0, 1000.0]))
+    model.slope.data.copy_(torch.tensor([0, 0, 0, 0, 1000.0]))
     assert not torch.equal(model.upscale(small, reference), model.upscale(small))
 
 

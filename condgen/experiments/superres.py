@@ -142,9 +142,9 @@ def matching_rows(lab: Lab) -> Rows:
 # %% ../../nbs/superres/705_srntt_measured.ipynb #608e12b2
 DATA = "condgen.experiments.superres.scenes_of"
 GOOD = tuple(ALL_KINDS.index(kind) for kind in ("shift", "same", "view"))
-SISR_IMAGES = {"tiny": 96, "cpu": 4_000, "full": 600_000}
+SISR_IMAGES = {"tiny": 96, "cpu": 12_000, "full": 600_000}
 GATED_IMAGES = {"tiny": 96, "cpu": 3_000, "full": 400_000}
-LONGER_IMAGES = {"tiny": 192, "cpu": 8_000, "full": 1_000_000}
+LONGER_IMAGES = {"tiny": 192, "cpu": 20_000, "full": 1_000_000}
 FEATURE_IMAGES = {"tiny": 96, "cpu": 800, "full": 100_000}
 SRNTT_IMAGES = {"tiny": 96, "cpu": 2_000, "full": 400_000}
 GAME_IMAGES = {"tiny": 32, "cpu": 800, "full": 400_000}
