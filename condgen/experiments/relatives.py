@@ -112,17 +112,19 @@ def active_share(codes: Tensor) -> float:
 
 
 class Reference:
-    """Real test images with what samples are compared with.
+    """Real images with what samples are compared with.
 
     Args:
         lab: its data; `n` of its sizes limits the number of images.
         evaluator: gives features.
         detector: of whole faces, or None.
+        split: the part that the images are of.
     """
 
-    def __init__(self, lab: Lab, evaluator: Any, detector: Any = None):
+    def __init__(self, lab: Lab, evaluator: Any, detector: Any = None,
+                 split: str = "test"):
         self.evaluator, self.detector = evaluator, detector
-        self.x = lab.data.split_images("test")[: lab.size["n"]]
+        self.x = lab.data.split_images(split)[: lab.size["n"]]
         self.features = self.features_of(self.x)
         other = lab.data.split_images("train")[: len(self.x)]
         self.floor = frechet_distance(self.features_of(other), self.features)
