@@ -126,7 +126,7 @@ PLAIN = {tier: {"adversarial": n} for tier, n in
          {"tiny": 192, "cpu": 192_000, "full": 9_600_000}.items()}
 LONGER = PLAIN | {"tiny": {"adversarial": 320}, "cpu": {"adversarial": 384_000}}
 MODERN = PLAIN | {"cpu": {"adversarial": 96_000}}
-PENALIZED = LONGER | {"cpu": {"adversarial": 256_000}}
+PENALIZED = LONGER | {"cpu": {"adversarial": 320_000}}
 TRIED = LONGER | {"cpu": {"adversarial": 48_000}}
 DIGITS = {"tiny": {"4px": 1_600, "8px": 1_600, "16px": 4_800},
           "cpu": {"4px": 3_200, "8px": 6_400, "16px": 32_000},
