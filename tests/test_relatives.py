@@ -13,8 +13,8 @@ from condgen.controller import balance_error
 from condgen.models.autoencoder import AutoencoderModel
 from condgen.models.dcgan import DCGAN
 from condgen.models.dcgan_relatives import (
-    BoundarySeekingGAN, ImprovedGAN, MinibatchFeatures, ModernGAN, feature_matching,
-    smoothed_discriminator)
+    BoundarySeekingGAN, ImprovedGAN, MinibatchFeatures, ModernGAN, PenalizedDCGAN,
+    feature_matching, smoothed_discriminator)
 from condgen.models.relatives import (
     ALI, BEGAN, EBGAN, VAEGAN, energy, feature_nll, pulling_away)
 from condgen.runs import load, save
@@ -25,6 +25,7 @@ SMALL = {"width": 4}
 CASES = [(VAEGAN, {}), (VAEGAN, {"modern": True}), (ALI, {}), (ALI, {"modern": True}),
          (EBGAN, {}), (EBGAN, {"modern": True}), (BEGAN, {}), (BEGAN, {"modern": True}),
          (BoundarySeekingGAN, {}), (ImprovedGAN, {}), (ModernGAN, {}),
+         (PenalizedDCGAN, {}),
          (ImprovedGAN, {"feature_weight": 0.0, "kernels": None, "label": 1.0})]
 EVERY = pytest.mark.parametrize(("kind", "options"), CASES)
 # whose parameters each player moves
@@ -36,7 +37,7 @@ PARTS = {
     **dict.fromkeys((EBGAN, BEGAN), {
         "discriminator": {"energy_encoder", "energy_decoder"},
         "generator": {"generator"}}),
-    **dict.fromkeys((BoundarySeekingGAN, ImprovedGAN, ModernGAN), {
+    **dict.fromkeys((BoundarySeekingGAN, ImprovedGAN, ModernGAN, PenalizedDCGAN), {
         "discriminator": {"trunk", "real"}, "generator": {"generator"}})}
 
 
@@ -92,9 +93,10 @@ def test_models_train_and_reload(kind, options, tmp_path):
                        model.sample(4, generator=seeded()))
 
 
-@pytest.mark.parametrize(("kind", "options"), [(BEGAN, {}), (EBGAN, {}), (ALI, {})])
+@pytest.mark.parametrize(("kind", "options"), [(BEGAN, {}), (EBGAN, {}), (ALI, {}),
+                                               (PenalizedDCGAN, {"penalty": 9.0})])
 def test_law_5_resumed_run_equals_uninterrupted_run(kind, options, tmp_path):
-    whole, parts = whole_and_resumed(lambda: build(kind), Bars(()), tmp_path)
+    whole, parts = whole_and_resumed(lambda: build(kind, **options), Bars(()), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(
         whole.state_dict().values(), parts.state_dict().values(), strict=True))
 
@@ -107,7 +109,7 @@ def test_modern_models_have_no_batch_norm_in_the_critic(kind, options):
               if name.split(".")[0] in ("trunk", "code_trunk", "real", "energy_encoder",
                                         "energy_decoder")]
     normed = any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in critic)
-    assert normed == (kind in (BoundarySeekingGAN, ImprovedGAN))
+    assert normed == (kind in (BoundarySeekingGAN, ImprovedGAN, PenalizedDCGAN))
     assert (model.betas[0] == 0) == modern
     if modern:
         terms = build(kind, **options).discriminator_loss(batch_of((), 8))

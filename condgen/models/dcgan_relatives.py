@@ -247,7 +247,7 @@ class PenalizedDCGAN(DCGAN):
 
     References:
         Mescheder et al. 2018, Eq. 9, whose discriminator has no batch normalisation;
-            Karras et al. 2020, §4.1 (lazy regularisation).
+            Karras et al. 2020, §3.1 (lazy regularisation).
 
     Example:
         >>> PenalizedDCGAN((1, 16, 16)).sample(3).shape
@@ -275,7 +275,7 @@ class PenalizedDCGAN(DCGAN):
         self.rounds += 1
         with torch.no_grad():
             fake, _ = self.generate_batch(batch)
-        real = batch.x.to(fake).requires_grad_(due)
+        real = batch.x.to(fake).detach().requires_grad_(due)
         logits, _ = self.discriminate_both(real, fake)
         terms = {"D": (1.0, self.game.critic(logits[: batch.n], logits[batch.n:]))}
         if due:
