@@ -50,7 +50,7 @@ LOWER_IS_BETTER = (
     "!sample_seconds:s !activation_mb:MiB !inversion_error !gradient_error "
     "ks_distance *copy_share broken_share artefact_score loss_spread:nats "
     "reconstruction_distance *clip_share centroid_shift:px convergence *failed "
-    "*failed_share sensitivity *total_variation texture_distance"
+    "*failed_share sensitivity *total_variation texture_distance mae_share"
 )
 HIGHER_IS_BETTER = (
     "*accuracy *diversity_pixel *diversity_pixel_min *diversity_feature "

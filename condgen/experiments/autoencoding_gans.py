@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'SIZES', 'CHOSEN', 'PLACES', 'MODELS', 'ERRORS', 'HASHED', 'STAGES', 'COMPARED', 'SHORT', 'RECIPES', 'TRIED',
-           'PIONEERS', 'LENGTHS', 'TRIALS', 'EXPERIMENTS', 'drawings_recipe', 'gain_per_minute', 'sample_numbers',
-           'own_error', 'training_seconds', 'rank_rows', 'autoencoder_rows', 'plot_autoencoders', 'weight_rows',
-           'pioneer_weight_rows']
+           'PIONEERS', 'RECIPROCAL', 'LENGTHS', 'TRIALS', 'EXPERIMENTS', 'drawings_recipe', 'gain_per_minute',
+           'sample_numbers', 'own_error', 'training_seconds', 'rank_rows', 'autoencoder_rows', 'plot_autoencoders',
+           'weight_rows', 'pioneer_weight_rows', 'reciprocity_rows']
 
 # %% ../../nbs/inversion/607_autoencoding_gans_measured.ipynb #82d50541
 import statistics
@@ -195,6 +195,24 @@ def pioneer_weight_rows(lab: Lab) -> Rows:
                  for metric, value in numbers.items()]
     return rows
 
+
+RECIPROCAL: dict[str, dict[str, float]] = {
+    "": {}, "no reconstruction losses": {"image_weight": 0.0, "code_weight": 0.0}}
+
+
+def reciprocity_rows(lab: Lab) -> Rows:
+    """Errors of AGE on its own samples, with its reconstruction losses and without."""
+    rows, n = [], lab.size["n"]
+    for variant, weights in RECIPROCAL.items():
+        model = lab.train("age-drawings", **weights).model
+        x = generate(model, n, 1.0, lab.seed).float()
+        error = (map_batches(model.reconstruct, x) - x).abs().mean().item()
+        unrelated = (x.roll(1, 0) - x).abs().mean().item()
+        rows += [row("AGE", metric, value, variant, {"images": "generated"}, n=n)
+                 for metric, value in {"mae": error,
+                                       "mae_share": error / unrelated}.items()]
+    return rows
+
 # %% ../../nbs/inversion/607_autoencoding_gans_measured.ipynb #20f1f6ed
 LENGTHS = {"tiny": {"n": 24, "samples": 48}, "cpu": {"n": 400, "samples": 400},
            "full": {"n": 2_400, "samples": 2_400}}
@@ -210,4 +228,7 @@ EXPERIMENTS = [
                weight_rows, ("evaluator-faces",), PORTRAITS, TRIALS),
     Experiment("crg/pioneer-weights", "Weights of Pioneer, on validation",
                pioneer_weight_rows, ("evaluator-faces", "pioneer-drawings-short"),
-               PORTRAITS, {tier: {"n": size["n"]} for tier, size in TRIALS.items()})]
+               PORTRAITS, {tier: {"n": size["n"]} for tier, size in TRIALS.items()}),
+    Experiment("crg/reciprocity", "AGE without its reconstruction losses",
+               reciprocity_rows, ("age-drawings",), PORTRAITS,
+               {tier: {"n": size["n"]} for tier, size in TRIALS.items()})]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'PRINTED_ERRORS', 'EDITED', 'GENERATOR_IMAGES', 'ENCODER_IMAGES', 'VGG_IMAGES', 'STRIDED', 'DIGIT_GENERATOR',
-           'PAPER', 'RECIPES', 'ENCODERS', 'SIZES', 'EDIT_SIZES', 'SPEED_SIZES', 'NEEDED', 'EXPERIMENTS',
-           'hash_distances', 'nearest_images', 'HeldOut', 'printed_errors_share_a_scale', 'without_attribute',
-           'exact_edits', 'CodedFaces', 'EditedFaces', 'encoder_recipe', 'encoder_rows', 'decoder_of', 'descent_rows',
-           'generated_rows', 'reconstruction_rows', 'plot_reconstructions', 'moves_of', 'densities_on', 'mean_numbers',
-           'attribute_rows', 'mean_over_attributes', 'direction_rows', 'plot_directions', 'median_seconds',
-           'speed_rows']
+           'PENALIZED_DCGAN', 'PAPER', 'RECIPES', 'ENCODERS', 'SIZES', 'EDIT_SIZES', 'SPEED_SIZES', 'NEEDED',
+           'EXPERIMENTS', 'hash_distances', 'nearest_images', 'HeldOut', 'printed_errors_share_a_scale',
+           'without_attribute', 'exact_edits', 'CodedFaces', 'EditedFaces', 'encoder_recipe', 'encoder_rows',
+           'decoder_of', 'descent_rows', 'generated_rows', 'reconstruction_rows', 'plot_reconstructions', 'moves_of',
+           'densities_on', 'mean_numbers', 'attribute_rows', 'mean_over_attributes', 'direction_rows',
+           'plot_directions', 'median_seconds', 'speed_rows']
 
 # %% ../../nbs/inversion/605_inversion_measured.ipynb #ad580766
 import statistics
@@ -27,7 +27,7 @@ from ..evaluation import Predictions
 from .digits import AUGMENTED
 from .portraits import (
     EVALUATED_ATTRIBUTES, FACES, PORTRAITS, portraits_with_factors, predictions_at)
-from .progressive import DCGAN_SIZES, LONGER
+from .progressive import PENALIZED, WIDER
 from ..faces import FACTORS, edit_factors, render_bytes
 from ..lab import Experiment, Lab, Rows
 from ..metrics import frechet_distance, map_batches
@@ -211,22 +211,25 @@ class EditedFaces:
                 "identity_accuracy": seen.correct["identity"].double().mean().item()}
 
 # %% ../../nbs/inversion/605_inversion_measured.ipynb #6d844833
-GENERATOR_IMAGES = {tier: n["adversarial"] for tier, n in LONGER.items()}
+GENERATOR_IMAGES = {tier: n["adversarial"] for tier, n in PENALIZED.items()}
 ENCODER_IMAGES = {"tiny": 320, "cpu": 256_000, "full": 3_000_000}
 VGG_IMAGES = ENCODER_IMAGES | {"cpu": 72_000}  # about as long
 STRIDED = {"trunk": "strided", "width": 32, "lr": 2e-3}
 DIGIT_GENERATOR = {"tiny": {"width": 16}, "cpu": {},
                    "full": {"noise": 100, "width": 128, "lr": 2e-4}}
+PENALIZED_DCGAN = "dcgan_relatives.PenalizedDCGAN"
 PAPER = {"width": 64, "dropout": 0.5, "optimizer": "rmsprop", "schedule": "plateau",
          "rotation": 10.0, "flips": "horizontal", "lr": 1e-4}
 
 
 def encoder_recipe(name: str, summary: str, data: str, parent: str,
                    images: dict[str, int], generator: dict[str, Any],
-                   encoder: dict[str, int], **sizes: dict[str, Any]) -> Recipe:
-    """A CRG of a DCGAN that its parent recipe trains."""
-    arguments = {tier: {"generator_arguments": own, **sizes.get(tier, {})}
-                 for tier, own in generator.items()}
+                   encoder: dict[str, int], kind: str = "",
+                   **sizes: dict[str, Any]) -> Recipe:
+    """A CRG of a DCGAN, or a generator of another kind, that its parent trains."""
+    own = {"generator": kind} if kind else {}
+    arguments = {tier: {**own, "generator_arguments": size, **sizes.get(tier, {})}
+                 for tier, size in generator.items()}
     return Recipe(name, summary, "condgen.models.crg.CRG", data,
                   {tier: {"adversarial": n, "encoder": encoder[tier]}
                    for tier, n in images.items()}, arguments,
@@ -235,12 +238,11 @@ def encoder_recipe(name: str, summary: str, data: str, parent: str,
 
 RECIPES = [
     encoder_recipe("crg-portraits", "CRG of a DCGAN of drawn portraits", FACES,
-                   "dcgan-portraits-longer", GENERATOR_IMAGES, DCGAN_SIZES,
-                   ENCODER_IMAGES, tiny={"width": 2}, cpu=STRIDED, full=PAPER),
+                   "dcgan-portraits-penalized", GENERATOR_IMAGES, WIDER, ENCODER_IMAGES,
+                   PENALIZED_DCGAN, tiny={"width": 2}, cpu=STRIDED, full=PAPER),
     encoder_recipe("crg-portraits-vgg", "The same with the layout of VGG-16", FACES,
-                   "dcgan-portraits-longer", GENERATOR_IMAGES, DCGAN_SIZES,
-                   VGG_IMAGES, tiny={"width": 2},
-                   full=PAPER),
+                   "dcgan-portraits-penalized", GENERATOR_IMAGES, WIDER, VGG_IMAGES,
+                   PENALIZED_DCGAN, tiny={"width": 2}, full=PAPER),
     encoder_recipe("crg-digits", "CRG of a DCGAN of digits",
                    AUGMENTED, "dcgan-digits",
                    {"tiny": 16_000, "cpu": 96_000, "full": 960_000}, DIGIT_GENERATOR,
