@@ -84,7 +84,7 @@ def test_the_radius_is_that_of_the_derivatives(blocks, sisr_blocks):
     model, side = little(blocks, sisr_blocks, 0.4), 50
     photo = photos(1, (side, side))[0][None].requires_grad_()
     made = model(model.sisr(photo), torch.rand(1, 3, 200, 200),
-                 torch.rand(1, 2, side, side))
+                 torch.rand(1, 4, side, side))
     reached = []
     for pixel in range(4):
         slope, = torch.autograd.grad(made[0, :, 100 + pixel, 100 + pixel].sum(), photo,
