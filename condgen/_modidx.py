@@ -876,6 +876,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                                  'condgen/experiments/inversion.py'),
                                                'condgen.experiments.inversion.hash_distances': ( 'inversion/inversion_measured.html#hash_distances',
                                                                                                  'condgen/experiments/inversion.py'),
+                                               'condgen.experiments.inversion.layout_rows': ( 'inversion/inversion_measured.html#layout_rows',
+                                                                                              'condgen/experiments/inversion.py'),
                                                'condgen.experiments.inversion.mean_numbers': ( 'inversion/inversion_measured.html#mean_numbers',
                                                                                                'condgen/experiments/inversion.py'),
                                                'condgen.experiments.inversion.mean_over_attributes': ( 'inversion/inversion_measured.html#mean_over_attributes',

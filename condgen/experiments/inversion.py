@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'PRINTED_ERRORS', 'EDITED', 'GENERATOR_IMAGES', 'ENCODER_IMAGES', 'VGG_IMAGES', 'STRIDED', 'DIGIT_GENERATOR',
-           'PENALIZED_DCGAN', 'PAPER', 'RECIPES', 'ENCODERS', 'SIZES', 'EDIT_SIZES', 'SPEED_SIZES', 'NEEDED',
-           'EXPERIMENTS', 'hash_distances', 'nearest_images', 'HeldOut', 'printed_errors_share_a_scale',
-           'without_attribute', 'exact_edits', 'CodedFaces', 'EditedFaces', 'encoder_recipe', 'encoder_rows',
-           'decoder_of', 'descent_rows', 'generated_rows', 'reconstruction_rows', 'plot_reconstructions', 'moves_of',
-           'densities_on', 'mean_numbers', 'attribute_rows', 'mean_over_attributes', 'direction_rows',
-           'plot_directions', 'median_seconds', 'speed_rows']
+           'PENALIZED_DCGAN', 'PAPER', 'RECIPES', 'SIZES', 'EDIT_SIZES', 'SPEED_SIZES', 'NEEDED', 'EXPERIMENTS',
+           'hash_distances', 'nearest_images', 'HeldOut', 'printed_errors_share_a_scale', 'without_attribute',
+           'exact_edits', 'CodedFaces', 'EditedFaces', 'encoder_recipe', 'encoder_rows', 'decoder_of', 'descent_rows',
+           'generated_rows', 'reconstruction_rows', 'layout_rows', 'plot_reconstructions', 'moves_of', 'densities_on',
+           'mean_numbers', 'attribute_rows', 'mean_over_attributes', 'direction_rows', 'plot_directions',
+           'median_seconds', 'speed_rows']
 
 # %% ../../nbs/inversion/605_inversion_measured.ipynb #ad580766
 import statistics
@@ -251,20 +251,12 @@ RECIPES = [
 ]
 
 # %% ../../nbs/inversion/605_inversion_measured.ipynb #b3b4ecb1
-ENCODERS = {("CRG", ""): "crg-portraits",
-            ("CRG", "layout of VGG-16"): "crg-portraits-vgg"}
-
-
-def encoder_rows(lab: Lab, held: HeldOut) -> Rows:
-    """Rows of reconstructions by encoders of the frozen generator."""
-    facts, rows = {"n": len(held.x), "split": "test"}, []
-    for (name, variant), recipe in ENCODERS.items():
-        run = lab.train(recipe)
-        numbers = held.numbers(map_batches(run.model.reconstruct, held.x))
-        numbers["seconds"] = run.seconds
-        rows += [row(name, metric, value, variant, **facts)
-                 for metric, value in numbers.items()]
-    return rows
+def encoder_rows(lab: Lab, held: HeldOut, recipe: str, variant: str = "") -> Rows:
+    """Rows of reconstructions by an encoder of the frozen generator."""
+    run = lab.train(recipe)
+    numbers = held.numbers(map_batches(run.model.reconstruct, held.x))
+    return [row("CRG", metric, value, variant, n=len(held.x), split="test")
+            for metric, value in (numbers | {"seconds": run.seconds}).items()]
 
 
 def decoder_of(model: Model) -> Callable[[Tensor], Tensor]:
@@ -312,8 +304,14 @@ def reconstruction_rows(lab: Lab) -> Rows:
         rows += [row(name, metric, value, **facts)
                  for metric, value in held.numbers(x).items()]
     model = lab.train("crg-portraits").model
-    return (rows + encoder_rows(lab, held) + descent_rows(lab, held, model)
-            + generated_rows(lab, model, held))
+    return (rows + encoder_rows(lab, held, "crg-portraits")
+            + descent_rows(lab, held, model) + generated_rows(lab, model, held))
+
+
+def layout_rows(lab: Lab) -> Rows:
+    """Reconstructions by an encoder of the layout of VGG-16."""
+    held = HeldOut(lab.data, lab.evaluator("evaluator-faces"), lab.size["n"])
+    return encoder_rows(lab, held, "crg-portraits-vgg", "layout of VGG-16")
 
 
 def plot_reconstructions(lab: Lab, rows: Rows, path: Path) -> None:
@@ -486,8 +484,11 @@ SPEED_SIZES = {"tiny": {"inverted": 4, "starts": 2, "steps": (2, 4), "repeats": 
 NEEDED = ("evaluator-faces", "crg-portraits")
 EXPERIMENTS = [
     Experiment("crg/reconstruction", "CRG and others reconstruct drawn faces",
-               reconstruction_rows, (*NEEDED, "crg-portraits-vgg"), PORTRAITS, SIZES,
+               reconstruction_rows, NEEDED, PORTRAITS, SIZES,
                figures=plot_reconstructions),
+    Experiment("crg/layout", "CRG with the layout of VGG-16", layout_rows,
+               ("evaluator-faces", "crg-portraits-vgg"), PORTRAITS,
+               {tier: {"n": size["n"]} for tier, size in SIZES.items()}),
     Experiment("crg/directions", "Attributes of drawn faces edited along directions",
                direction_rows, NEEDED, PORTRAITS, EDIT_SIZES, figures=plot_directions),
     Experiment("crg/speed", "Seconds of inversion by encoder and by gradient descent",
