@@ -55,7 +55,7 @@ LISTED = {  # the book's families, and what each can do
     "gan": "A generator and a discriminator of few layers.",
     "dcgan": "A generator of strided convolutions.",
     "moderngan": "A dcgan with a relativistic loss and gradient penalties.",
-    "penalizeddcgan": "A dcgan with a smoother discriminator, a wider generator.",
+    "penalizeddcgan": "A dcgan with a gradient penalty and a wider generator.",
     "improvedgan": "A dcgan with feature matching and minibatch features.",
     "boundaryseekinggan": "A dcgan whose samples seek the discriminator's boundary.",
     "progressivegan": "A generator that grows from 4×4 pixels.",

@@ -72,7 +72,7 @@ Part = tuple[slice, slice]  # rows, columns
 def receptive_radius(model: Model) -> int:
     """Pixels of the photo, to each side, that a pixel of the result depends on.
 
-    The choice of matches is not counted.
+    Matches and their cues are not counted.
 
     Args:
         model: a `GatedTransfer`.

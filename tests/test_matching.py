@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from condgen.matching import (
-    PATCH, degrade, displaced_wave_error, match_patches, patch_corners, refine_corners,
-    reduce_images, spread_scores, swap_patches)
+    CUES, PATCH, degrade, displaced_wave_error, match_coherence, match_cues,
+    match_patches, patch_corners, refine_corners, reduce_images, spread_scores,
+    swap_patches)
 
 
 def features(seed, *shape):
@@ -145,3 +146,52 @@ def test_degrading_removes_short_waves_only():
     left = [(degrade(v) - 0.5)[..., 16:48].square().mean() / (v - 0.5).square().mean()
             for v in (short, long)]
     assert left[0] < 0.01 and left[1] > 0.85
+
+
+def brute_coherence(corners, cell=4):
+    """Shares of agreeing matches, one neighbour after the other."""
+    h, w, _ = corners.shape
+    place = lambda y, x: corners[y, x] - cell * torch.tensor([y, x])
+    found = torch.zeros(h, w)
+    for y in range(h):
+        for x in range(w):
+            others = [(v, u) for v in range(max(0, y - 2), min(h, y + 3))
+                      for u in range(max(0, x - 2), min(w, x + 3)) if (v, u) != (y, x)]
+            agree = [(place(v, u) - place(y, x)).abs().max() <= 1 for v, u in others]
+            found[y, x] = sum(agree) / max(1, len(agree))
+    return found
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 4), (2, 2), (3, 7), (9, 8)])
+def test_coherence_is_that_of_counting_neighbours(sides):
+    g = torch.Generator().manual_seed(11)
+    moves = torch.randint(0, 4, (*sides, 2), generator=g)
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, sides), indexing="ij"), 2)
+    corners = moves + 4 * grid
+    assert torch.allclose(match_coherence(corners), brute_coherence(corners))
+    alike = moves[:1, :1] + 4 * grid
+    assert match_coherence(alike).eq(min(1, sides[0] * sides[1] - 1)).all()
+
+
+def test_neighbours_matched_in_other_references_do_not_agree():
+    grid = torch.stack(torch.meshgrid(*[torch.arange(8)] * 2, indexing="ij"), 2)
+    corners = 4 * grid
+    corners[:, 4:] += torch.tensor([400, 0])  # the second reference lies below
+    near = match_coherence(corners)
+    assert near[:, [0, 1, 6, 7]].eq(1).all() and (near[:, 2:6] < 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_cues_are_spread_scores_and_the_mean_coherence(dtype):
+    g = torch.Generator().manual_seed(12)
+    cosine, pixel = torch.rand(2, 5, 6, generator=g).to(dtype)
+    corners = torch.randint(0, 40, (5, 6, 2), generator=g)
+    corners[:3, :4] = 4 * torch.stack(
+        torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), 2)
+    near = match_coherence(corners)
+    cues = match_cues(cosine, pixel, corners)
+    assert cues.shape == (CUES, 7, 8) and cues.dtype == dtype
+    assert 0 < near.mean() < 1
+    for cue, score in zip(cues, (cosine, pixel, near.to(dtype))):
+        assert torch.allclose(cue, spread_scores(score))
+    assert torch.allclose(cues[3].float(), near.mean(), atol=1e-3)

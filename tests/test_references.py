@@ -115,7 +115,7 @@ def test_a_model_takes_other_maps_for_its_matches():
     plain, given = swap_detail(low, reference), swap_detail(low, reference, True, maps)
     assert not torch.equal(plain[1], given[1])
     model = GatedTransfer((3, 32, 32), 4, 1, 4, 1)
-    model.slope.data.copy_(torch.tensor([4.0, 4.0, 0.0, 0.0, -4.0]))
+    model.slope.data.copy_(torch.tensor([4.0, 4.0, 2.0, 2.0, -4.0]))
     small = torch.rand(1, 3, 8, 8)
     before = model.upscale(small, reference[None])
     model.match_maps = maps

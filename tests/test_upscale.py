@@ -28,7 +28,7 @@ def little(blocks=1, sisr_blocks=2, scale=0.2):
     model = GatedTransfer((3, 32, 32), 6, blocks, 6, sisr_blocks)
     for p in model.parameters():
         p.data.normal_(0, scale)
-    model.slope.data.copy_(torch.tensor([4.0, 4.0, 0.0, 0.0, -4.0]))
+    model.slope.data.copy_(torch.tensor([4.0, 4.0, 2.0, 2.0, -4.0]))
     return model
 
 

@@ -208,9 +208,11 @@ def reciprocity_rows(lab: Lab) -> Rows:
         x = generate(model, n, 1.0, lab.seed).float()
         error = (map_batches(model.reconstruct, x) - x).abs().mean().item()
         unrelated = (x.roll(1, 0) - x).abs().mean().item()
+        spread = x.std(0).mean() / lab.data.split_images("test")[:n].std(0).mean()
+        numbers = {"mae": error, "mae_share": error / unrelated,
+                   "pixel_spread": spread.item()}
         rows += [row("AGE", metric, value, variant, {"images": "generated"}, n=n)
-                 for metric, value in {"mae": error,
-                                       "mae_share": error / unrelated}.items()]
+                 for metric, value in numbers.items()]
     return rows
 
 # %% ../../nbs/inversion/607_autoencoding_gans_measured.ipynb #20f1f6ed
