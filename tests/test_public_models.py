@@ -83,7 +83,8 @@ def refused(name, verb, *args):
 def test_the_models_of_all_recipes_are_tested():
     trained = {recipe.model.rpartition(".")[2] for recipe in declared("RECIPES").values()}
     # take an image; see test_srntt.py
-    upscalers = {"SISR", "AdversarialSISR", "SRNTT", "GatedTransfer"}
+    upscalers = {"SISR", "AdversarialSISR", "SRNTT", "GatedTransfer",
+                 "CosineGatedTransfer"}
     assert trained <= {*GENERATORS, *EVALUATORS} | upscalers
 
 

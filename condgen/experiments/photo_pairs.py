@@ -217,18 +217,20 @@ def photo_rows(lab: Lab) -> Rows:
     of_kind = lambda k: table["kind"] == PHOTO_KINDS.index(k)
     x = table["x"][of_kind("own")].float() / 255
     small = reduce_images(x)
-    trained = {"gated transfer": (lab.train("gated-photos").model, ""),
-               "gated-upscaler": (load("gated-upscaler"), "drawn scenes only")}
+    trained = {("gated transfer", ""): lab.train("gated-photos").model,
+               ("gated-upscaler", "drawn scenes only"): load("gated-upscaler"),
+               ("gated-upscaler", "with coherence"): lab.train(
+                   "gated-upscaler-coherence").model}
     made: dict[tuple[str, str, str], Tensor] = {
         ("bicubic", "", "none"): enlarge_images(small)}
     for variant, recipe in (("", "sisr-photos"), ("longer", "sisr-longer-photos")):
         made["SISR", variant, "none"] = lab.train(recipe).model.upscale(small)
-    for name, (model, variant) in trained.items():
+    for (name, variant), model in trained.items():
         for kind in PHOTO_KINDS:
             reference = table["reference"][of_kind(kind)].float() / 255
             made[name, variant, kind] = model.upscale(small, reference)
-    made["gated-upscaler", "drawn scenes only", "none"] = (
-        trained["gated-upscaler"][0].upscale(small))
+        if name == "gated-upscaler":
+            made[name, variant, "none"] = model.upscale(small)
     for (name, variant, kind), image in made.items():
         rows += [row(name, metric, value, variant, {"reference": kind}, n=len(x),
                      split="test") for metric, value in quality(image, x).items()]
@@ -237,6 +239,6 @@ def photo_rows(lab: Lab) -> Rows:
 
 EXPERIMENTS = [
     Experiment("srntt/photographs", "Super-resolution of photographs with references",
-               photo_rows, ("sisr-photos", "sisr-longer-photos", "gated-photos"),
-               PHOTOS),
+               photo_rows, ("sisr-photos", "sisr-longer-photos", "gated-photos",
+                            "gated-upscaler-coherence"), PHOTOS),
 ]

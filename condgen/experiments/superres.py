@@ -203,14 +203,18 @@ RECIPES = [
                    **{f"sisr_{name}": n for name, n in size.items()}}
             for tier, size in SISR_SIZES.items()},
            parents={"sisr": "sisr-scenes"}),
-    Recipe("gated-upscaler", "Small gated transfer, which ships for condgen upscale",
-           "condgen.models.gated_transfer.GatedTransfer",
-           "condgen.experiments.superres.many_scenes",
-           {"tiny": {"sisr": 96, "transfer": 96}, "cpu": {"sisr": 1_600,
-                                                          "transfer": 4_000},
-            "full": {"sisr": 60_000, "transfer": 60_000}},
-           {"tiny": {**SMALL, "sisr_width": 8, "sisr_blocks": 1}, "cpu": {"width": 24}},
-           origin="textured scenes drawn by this package (chapter 701)"),
+    *(Recipe(name, summary, f"condgen.models.gated_transfer.{kind}",
+             "condgen.experiments.superres.many_scenes",
+             {"tiny": {"sisr": 96, "transfer": 96},
+              "cpu": {"sisr": 1_600, "transfer": 4_000},
+              "full": {"sisr": 60_000, "transfer": 60_000}},
+             {"tiny": {**SMALL, "sisr_width": 8, "sisr_blocks": 1},
+              "cpu": {"width": 24}}, origin=origin)
+      for name, summary, kind, origin in (
+        ("gated-upscaler", "Small gated transfer, which ships for condgen upscale",
+         "CosineGatedTransfer", "textured scenes drawn by this package (chapter 701)"),
+        ("gated-upscaler-coherence", "The same with a gate that sees coherence",
+         "GatedTransfer", ""))),
 ]
 
 
