@@ -1384,6 +1384,8 @@ d = { 'settings': {'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path'
                                                                                                    'condgen/experiments/progressive.py'),
                                                  'condgen.experiments.progressive.plot_generators': ( 'inversion/progressive_measured.html#plot_generators',
                                                                                                       'condgen/experiments/progressive.py'),
+                                                 'condgen.experiments.progressive.plot_penalized': ( 'inversion/progressive_measured.html#plot_penalized',
+                                                                                                     'condgen/experiments/progressive.py'),
                                                  'condgen.experiments.progressive.progressive_recipe': ( 'inversion/progressive_measured.html#progressive_recipe',
                                                                                                          'condgen/experiments/progressive.py'),
                                                  'condgen.experiments.progressive.reduced': ( 'inversion/progressive_measured.html#reduced',

@@ -7,7 +7,7 @@ __all__ = ['FACES', 'LENGTHS', 'PARTS', 'WHOLE', 'PLAIN', 'LONGER', 'MODERN', 'P
            'DCGAN_SIZES', 'WIDER', 'PROGRESSIVE', 'RECIPES', 'NAME', 'MODELS', 'STAGES', 'LOGITS', 'CHANGES',
            'VARIANTS', 'PENALTIES', 'SAMPLES', 'EXPERIMENTS', 'critic_slope', 'reduced', 'stage_rows', 'line_rows',
            'slope_rows', 'progressive_recipe', 'until', 'reference', 'generators_rows', 'penalty_rows',
-           'penalized_rows', 'parts_rows', 'plot_generators']
+           'penalized_rows', 'parts_rows', 'plot_generators', 'plot_penalized']
 
 # %% ../../nbs/inversion/601_progressive_measured.ipynb #60100003
 from collections.abc import Mapping
@@ -262,6 +262,17 @@ def plot_generators(lab: Lab, rows: Rows, path: Path) -> None:
     save_figure(traversal(torch.stack(images), words, None, scale=0.6), path)
 
 
+def plot_penalized(lab: Lab, rows: Rows, path: Path) -> None:
+    """Test images, and two rows of samples of the penalised DCGAN."""
+    from condgen.figures import save_figure, traversal
+
+    model = lab.train("dcgan-portraits-penalized").model
+    samples = generate(model, 20, 1.0, lab.seed).view(2, 10, *model.shape)
+    images = torch.cat([lab.data.split_images("test")[None, :10], samples])
+    save_figure(traversal(images, ["test images", "penalised", "penalised"], None,
+                          scale=0.6), path)
+
+
 SAMPLES = {"tiny": {"n": 64, "lines": 4}, "cpu": {"n": 2_000, "lines": 100},
            "full": {"n": 2_000, "lines": 400}}
 EXPERIMENTS = [
@@ -279,5 +290,6 @@ EXPERIMENTS = [
                FACES, {tier: {"n": size["n"]} for tier, size in SAMPLES.items()}),
     Experiment("crg/penalized", "A penalised DCGAN of drawn faces", penalized_rows,
                ("evaluator-faces", "dcgan-portraits-penalized"), FACES,
-               {tier: {"n": size["n"]} for tier, size in SAMPLES.items()}),
+               {tier: {"n": size["n"]} for tier, size in SAMPLES.items()},
+               figures=plot_penalized),
 ]
