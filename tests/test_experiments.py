@@ -180,6 +180,17 @@ def test_another_processor_widens_the_tolerance():
         assert len(probe_differences(base, {**moved, **broken})) == 1
 
 
+def test_norms_of_gradients_count_on_one_processor_only():
+    base = {"losses": {"m.stage.player.norm": 60.0, "m.stage.player.L": 1.0},
+            "rows": {}, "processor": "A 1"}
+    moved = {**base, "losses": {**base["losses"], "m.stage.player.norm": 19.0}}
+    assert len(probe_differences(base, moved)) == 1
+    assert probe_differences(base, {**moved, "processor": "B 2"}) == []
+    wrong = {**moved, "losses": {**moved["losses"], "m.stage.player.L": 3.0}}
+    [line] = probe_differences(base, {**wrong, "processor": "B 2"})
+    assert "player.L" in line
+
+
 def test_small_values_are_compared_relatively():
     """Interference is a few thousandths: an absolute tolerance would never see it."""
     assert differs("interference", 0.004, 0.0046) and not differs("interference", 0.04, 0.0402)

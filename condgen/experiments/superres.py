@@ -329,7 +329,7 @@ EXPERIMENTS = [
                          "network": SISR_SIZES["full"],
                          "measured": {"train": 24, "val": 8}}}),
     Experiment("srntt/scenes", "Super-resolution with references of known similarity",
-               superres_rows, tuple(r.name for r in RECIPES if "upscaler" not in r.name),
-               DATA,
+               superres_rows,
+               tuple(r.name for r in RECIPES if "upscaler" not in r.name), DATA,
                figures=plot_references),
 ]
