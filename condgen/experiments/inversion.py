@@ -224,12 +224,11 @@ PAPER = {"width": 64, "dropout": 0.5, "optimizer": "rmsprop", "schedule": "plate
 
 def encoder_recipe(name: str, summary: str, data: str, parent: str,
                    images: dict[str, int], generator: dict[str, Any],
-                   encoder: dict[str, int], kind: str = "",
+                   encoder: dict[str, int], kind: str = "dcgan.DCGAN",
                    **sizes: dict[str, Any]) -> Recipe:
-    """A CRG of a DCGAN, or a generator of another kind, that its parent trains."""
-    own = {"generator": kind} if kind else {}
-    arguments = {tier: {**own, "generator_arguments": size, **sizes.get(tier, {})}
-                 for tier, size in generator.items()}
+    """A CRG of a generator that its parent trains."""
+    arguments = {tier: {"generator": kind, "generator_arguments": size,
+                        **sizes.get(tier, {})} for tier, size in generator.items()}
     return Recipe(name, summary, "condgen.models.crg.CRG", data,
                   {tier: {"adversarial": n, "encoder": encoder[tier]}
                    for tier, n in images.items()}, arguments,
