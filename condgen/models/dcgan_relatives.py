@@ -247,7 +247,7 @@ class PenalizedDCGAN(DCGAN):
 
     References:
         Mescheder et al. 2018, Eq. 9, whose discriminator has no batch normalisation;
-            Karras et al. 2020, §3.1 (lazy regularisation).
+            Karras et al. 2020 (lazy regularisation).
 
     Example:
         >>> PenalizedDCGAN((1, 16, 16)).sample(3).shape
